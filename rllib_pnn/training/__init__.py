@@ -1,0 +1,1 @@
+"""The progressive network inside RLlib: module, tasks, runners, growth. The only floor that knows RLlib."""
