@@ -248,11 +248,7 @@ class Column(nn.Module):
                 pre = F.conv2d(h, weight, layer.bias, layer.stride, layer.padding)
                 h = (pre if lateral is None else pre.add_(lateral(source))).relu_()
             elif isinstance(layer, nn.Linear):
-                weight = (
-                    layer.weight * self.input_scale
-                    if number == 1 and self.input_scale != 1.0
-                    else layer.weight
-                )
+                weight = layer.weight * self.input_scale if number == 1 and self.input_scale != 1.0 else layer.weight
                 pre = F.linear(h.flatten(1), weight, layer.bias)
                 h = (pre if lateral is None else pre.add_(lateral(source.flatten(1)))).relu_()
             else:
@@ -262,9 +258,7 @@ class Column(nn.Module):
                 if lateral is not None:
                     h = torch.cat([h, lateral.project(source.flatten(1))], dim=1)
                 if state is None or time_shape is None:
-                    raise ValueError(
-                        "a recurrent column needs obs of shape (B, T, ...) and a state; got none"
-                    )
+                    raise ValueError("a recurrent column needs obs of shape (B, T, ...) and a state; got none")
                 done = sum(n.shape[1] for n, _ in states)
                 before = (
                     state.h[:, done : done + layer.hidden_size],
@@ -277,9 +271,7 @@ class Column(nn.Module):
                 h = transform(index, number, h)
             if activations is not None:
                 activations.append(h)
-        state_out = (
-            LSTMState(*(torch.cat(parts, dim=1) for parts in zip(*states, strict=True))) if states else None
-        )
+        state_out = LSTMState(*(torch.cat(parts, dim=1) for parts in zip(*states, strict=True))) if states else None
         if not heads:
             return None, None, state_out
         h = h.flatten(1)
@@ -332,9 +324,7 @@ class Column(nn.Module):
         if self.is_frozen:
             for name, parameter in self.named_parameters():
                 value = state_dict.get(prefix + name)
-                if value is not None and not torch.equal(
-                    torch.as_tensor(value).to(parameter.device), parameter
-                ):
+                if value is not None and not torch.equal(torch.as_tensor(value).to(parameter.device), parameter):
                     raise ValueError(f"{prefix}{name}: a frozen column's parameters can't be overwritten")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -346,9 +336,7 @@ def _make_layer(layer: Conv | Dense | LSTM, below: tuple[int, ...], lateral: Lat
     if isinstance(layer, Dense):
         return nn.Linear(features, layer.units)
     # W and U share the LSTM's input weights: W [h, z] = W_own h + U z, for all four gates at once.
-    return nn.LSTM(
-        features + (lateral.projected_width if lateral is not None else 0), layer.units, batch_first=True
-    )
+    return nn.LSTM(features + (lateral.projected_width if lateral is not None else 0), layer.units, batch_first=True)
 
 
 def _run_lstm(

@@ -79,9 +79,7 @@ class ProgressiveNetwork(nn.Module):
         self.lateral = lateral
         self.lateral_scale = float(lateral_scale)
         self.lateral_heads = bool(lateral_heads)
-        self.input_scale = (
-            float(input_scale) if input_scale is not None else (1 / 255 if len(shape) == 3 else 1.0)
-        )
+        self.input_scale = float(input_scale) if input_scale is not None else (1 / 255 if len(shape) == 3 else 1.0)
         self.seed = int(seed)
         self.columns = nn.ModuleList()
 
@@ -301,9 +299,7 @@ class ProgressiveNetwork(nn.Module):
         time_shape = None
         if self.is_recurrent:
             if obs.dim() != len(shape) + 2 or obs.shape[2:] != shape:
-                raise ValueError(
-                    f"obs: expected (B, T, {', '.join(map(str, shape))}), got {tuple(obs.shape)}"
-                )
+                raise ValueError(f"obs: expected (B, T, {', '.join(map(str, shape))}), got {tuple(obs.shape)}")
             time_shape = (obs.shape[0], obs.shape[1])
             obs = obs.flatten(0, 1)
         elif obs.dim() != len(shape) + 1 or obs.shape[1:] != shape:
@@ -359,9 +355,7 @@ class ProgressiveNetwork(nn.Module):
             state = self.initial_state(time_shape[0])
         width = sum(column.state_width for column in self.columns)
         if state["h"].shape != (time_shape[0], width):
-            raise ValueError(
-                f"state: expected h of shape ({time_shape[0]}, {width}), got {tuple(state['h'].shape)}"
-            )
+            raise ValueError(f"state: expected h of shape ({time_shape[0]}, {width}), got {tuple(state['h'].shape)}")
         states, start = {}, 0
         for j, column in enumerate(self.columns):
             end = start + column.state_width

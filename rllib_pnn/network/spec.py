@@ -87,9 +87,7 @@ class ColumnSpec:
                         f"got {value!r}"
                     )
             if isinstance(layer, Conv) and seen_flat:
-                raise ValueError(
-                    f"column: layer {number}: a conv layer can't stand above a dense or lstm layer"
-                )
+                raise ValueError(f"column: layer {number}: a conv layer can't stand above a dense or lstm layer")
             seen_flat = seen_flat or not isinstance(layer, Conv)
 
     @property

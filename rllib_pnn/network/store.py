@@ -116,9 +116,7 @@ class ColumnStore:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise ColumnStoreError(
-                f"{path}: {where + ': ' if where else ''}{_one_line(first['msg'])}"
-            ) from None
+            raise ColumnStoreError(f"{path}: {where + ': ' if where else ''}{_one_line(first['msg'])}") from None
         except RecursionError:
             raise ColumnStoreError(f"{path}: nested too deeply") from None
 
@@ -298,9 +296,7 @@ def _check_header(path: Path, data: bytes, expected: dict[str, tuple[int, ...]])
                 f"{path}: {name}: expected shape {expected.get(name, 'none')}, got {found.get(name, 'none')}"
             )
     if types != {"F32"}:
-        raise ColumnStoreError(
-            f"{path}: expected float32 tensors (F32), got {', '.join(sorted(map(str, types)))}"
-        )
+        raise ColumnStoreError(f"{path}: expected float32 tensors (F32), got {', '.join(sorted(map(str, types)))}")
 
 
 def _read(path: Path, limit: int) -> bytes:
@@ -308,9 +304,7 @@ def _read(path: Path, limit: int) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
-        raise ColumnStoreError(
-            f"{path}: no such file; expected a column store (a run's `columns` folder)"
-        ) from None
+        raise ColumnStoreError(f"{path}: no such file; expected a column store (a run's `columns` folder)") from None
     except OSError as error:
         reason = "a symbolic link, refused" if path.is_symlink() else error.strerror
         raise ColumnStoreError(f"{path}: {reason}") from None
