@@ -81,7 +81,7 @@ class ProgressiveNetwork(nn.Module):
         self.lateral_heads = bool(lateral_heads)
         self.input_scale = float(input_scale) if input_scale is not None else (1 / 255 if len(shape) == 3 else 1.0)
         self.seed = int(seed)
-        self.columns = nn.ModuleList()
+        self.columns: list[Column] = nn.ModuleList()  # type: ignore[assignment]
 
     # -- growth --------------------------------------------------------------------------------------------------
 

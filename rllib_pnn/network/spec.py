@@ -18,7 +18,7 @@ MAX_WIDTH = 65_536
 
 @dataclass(frozen=True)
 class Conv:
-    """A 2-D convolution followed by ReLU: `channels` maps, a square `kernel`, its `stride` and zero `padding`, in pixels."""
+    """A 2-D convolution and ReLU: `channels` maps, a square `kernel`, its `stride` and zero `padding`, in pixels."""
 
     channels: int
     kernel: int
