@@ -8,11 +8,12 @@ Axes: B batch, T time, C channels or maps, H height, W width, A policy outputs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -179,8 +180,18 @@ class Column(nn.Module):
             return Adapter(widths, width, out, scale=self.layout.lateral_scale, convolutional=False)
         return LinearLateral(widths, out)
 
+    @classmethod
+    def initialised(cls, layout: ColumnLayout, input_scale: float, generator: torch.Generator) -> Column:
+        """A column with fresh parameters, drawn from `generator` alone; no global random state is read or moved."""
+        with torch.device("meta"):  # torch's own initialisation, which would draw from the global generator
+            column = cls(layout, input_scale)
+        column.to_empty(device="cpu")
+        with _one_thread():
+            column.reset_parameters(generator)
+        return column
+
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator) -> None:
         """Orthogonal weights (gain sqrt 2; 0.01 for the policy head, 1 for the value head), zero biases.
 
         Laterals start with the gain of the layer they feed; alpha alone sets how loud they are at first.
@@ -290,6 +301,8 @@ class Column(nn.Module):
         """Ends training of this column for good and returns its fingerprint."""
         if self.fingerprint is None:
             self.requires_grad_(False)
+            # An optimizer that still holds these parameters would move them by a gradient left over.
+            self.zero_grad(set_to_none=True)
             self.trains = "none"
             self.fingerprint = self.compute_fingerprint()
         return self.fingerprint
@@ -330,6 +343,17 @@ class Column(nn.Module):
                 if value is not None and not torch.equal(torch.as_tensor(value).to(parameter.device), parameter):
                     raise ValueError(f"{prefix}{name}: a frozen column's parameters can't be overwritten")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """QR decompositions round differently on more threads; a seed must give the same column on all of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _make_layer(
