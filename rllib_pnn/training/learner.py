@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.core import ALL_MODULES, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.learner import Learner
+from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchDDPRLModule
 from ray.rllib.utils.annotations import override
@@ -87,11 +89,10 @@ class ProgressiveLearnerMixin(Learner):
             self._rebuild_optimizer()
             return self.progressive_module.get_state()
 
-    def grow(self, architecture: str, progress: Mapping[str, Any]) -> None:
+    def grow(self, progress: Mapping[str, Any]) -> None:
         """Adds the next task's column and gives it a fresh optimizer and fresh schedules."""
         with self._growth_lock:
-            self.progressive_module.grow(architecture)
-            self.progressive_module.progress = dict(progress)
+            self.progressive_module.grow(progress)
             self._rebuild_optimizer()
             for schedulers in ("entropy_coeff_schedulers_per_module", "curr_kl_coeffs_per_module"):
                 getattr(self, schedulers, {}).clear()
@@ -142,6 +143,25 @@ class ProgressiveLearnerMixin(Learner):
                 return {}, {}, {}
             return super()._update(batch, **kwargs)
 
+    @override(Learner)
+    def _create_iterator_if_necessary(
+        self, *, training_data: Any, num_total_minibatches: int = 0, minibatch_size: int | None = None, **kwargs: Any
+    ) -> Any:
+        if self.config.num_learners > 1 and minibatch_size:
+            # Shares of a batch differ in length from Learner to Learner. Each must do as many gradient steps as
+            # the one with the most, or the others wait for it for ever.
+            training_data = TrainingData(batch=self._make_batch_if_necessary(training_data=training_data))
+            rows = len(training_data.batch[DEFAULT_MODULE_ID])
+            steps = torch.tensor(math.ceil(kwargs.get("num_epochs", 1) * rows / minibatch_size), device=self._device)
+            torch.distributed.all_reduce(steps, op=torch.distributed.ReduceOp.MAX)
+            num_total_minibatches = int(steps)
+        return super()._create_iterator_if_necessary(
+            training_data=training_data,
+            num_total_minibatches=num_total_minibatches,
+            minibatch_size=minibatch_size,
+            **kwargs,
+        )
+
     def _task_timesteps(self, timesteps: Mapping[str, Any] | None) -> dict[str, Any]:
         timesteps = dict(timesteps or {})
         if NUM_ENV_STEPS_SAMPLED_LIFETIME in timesteps:
@@ -177,7 +197,7 @@ class ProgressiveLearnerMixin(Learner):
         super()._set_optimizer_state(state)
 
 
-@functools.cache
+@functools.cache  # one class object each, so that equal configs compare equal
 def progressive_learner_class(learner_class: type[Learner]) -> type[Learner]:
     """`learner_class` with `ProgressiveLearnerMixin` in front; itself if that is there already."""
     if issubclass(learner_class, ProgressiveLearnerMixin):

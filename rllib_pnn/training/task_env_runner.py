@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.annotations import override
@@ -49,6 +50,7 @@ class TaskEnvRunnerMixin(SingleAgentEnvRunner):
     """
 
     task_index = 0
+    config: AlgorithmConfig
     module: ProgressiveRLModule
 
     @override(SingleAgentEnvRunner)
@@ -85,7 +87,7 @@ class TaskEnvRunnerMixin(SingleAgentEnvRunner):
             self.make_env()
 
 
-@functools.cache
+@functools.cache  # one class object each, so that equal configs compare equal
 def task_env_runner_class(env_runner_class: type[SingleAgentEnvRunner]) -> type[SingleAgentEnvRunner]:
     """`env_runner_class` with `TaskEnvRunnerMixin` in front; itself if that is there already."""
     if issubclass(env_runner_class, TaskEnvRunnerMixin):
