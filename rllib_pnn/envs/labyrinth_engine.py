@@ -112,7 +112,7 @@ class Engine:
         self._game.make_action(buttons, num_tics)
 
     def observe(self) -> tuple[np.ndarray, int, int]:
-        """The frame, (height, width, 3) uint8 RGB, and how many good and bad items the episode has brought."""
+        """The frame, (height, width, 3) uint8 RGB, and how many good and bad items were collected so far."""
         state = self._game.get_state()
         if state is None or state.game_variables is None:
             raise RuntimeError(

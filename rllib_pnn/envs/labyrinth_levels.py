@@ -260,10 +260,10 @@ def _make_levels() -> tuple[Level, ...]:
             "omega-shaped corridor, 45 degree turns, few apples",
             omega_45,
             _items("apple", along(omega_45, 400, 520, 7)),
-            ("BRICK6", "FLOOR4_8", "CEIL5_1"),
+            ("BROWN96", "FLOOR4_8", "CEIL5_1"),
         ),
         _avoid(1, "lemon", ("STONE3", "FLAT5_4", "CEIL5_1")),
-        _avoid(2, "mushroom", ("BROWN96", "FLOOR0_1", "CEIL5_1")),
+        _avoid(2, "mushroom", ("BRICK6", "RROCK19", "CEIL5_1")),
         _maze_m(),
         _maze_y(),
     )
@@ -321,7 +321,7 @@ def sprite(kind: str) -> np.ndarray:
         ellipse(17, 24, 6, 3, (255, 255, 190), angle=-25)
     elif kind == "mushroom":
         polygon([(18, 24), (30, 24), (33, 46), (15, 46)], (240, 230, 210))
-        ellipse(24, 24, 22, 18, (120, 65, 150))
+        ellipse(24, 24, 22, 18, (165, 105, 50))
         canvas[27 * k :, : 15 * k] = canvas[27 * k :, 33 * k :] = 0  # a cap is flat below
         polygon([(15, 27), (33, 27), (33, 46), (15, 46)], (240, 230, 210))
         for x, y, r in [(14, 20, 4), (26, 12, 4), (36, 21, 3.5)]:
@@ -493,7 +493,7 @@ def _text_map(level: Level, flip_numbers: dict[tuple[str, str, int, int], int]) 
         offset += math.dist(corner, corners[after])  # so that the texture runs on around a corner
     lines.append(
         f'sector {{ texturefloor = "{floor}"; textureceiling = "{ceiling}"; '
-        "heightfloor = 0; heightceiling = 128; lightlevel = 224; }"
+        "heightfloor = 0; heightceiling = 128; lightlevel = 255; }"
     )
     everywhere = "skill1 = true; skill2 = true; skill3 = true; skill4 = true; skill5 = true; single = true; "
     everywhere += "class1 = true; class2 = true; class3 = true;"
