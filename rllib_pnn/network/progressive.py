@@ -1,0 +1,391 @@
+"""The progressive network: columns that grow one by one and never change afterwards. Plain torch, no Ray.
+
+Rusu et al. 2016 (arXiv 1606.04671), section 2. The equations stand in column.py and adapter.py; this file holds
+what concerns all columns together: growth, freezing, inference through any column, and the activations of frozen
+columns as data, so that a training loop computes them once per observation however often it learns from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rllib_pnn.network.adapter import LATERALS
+from rllib_pnn.network.column import Column, ColumnLayout, ColumnOutput, LSTMState, Transform, layer_shapes
+from rllib_pnn.network.spec import ColumnSpec
+
+# From this many observations on, convolutions run faster on channels-last memory; below it on the default layout.
+CHANNELS_LAST_FROM = 64
+
+
+class ProgressiveNetwork(nn.Module):
+    """A stack of columns, one per task; starts with none: call `add_column()` for the first.
+
+    Args:
+        observation_shape: (C, H, W), (H, W, C) with 1, 3 or 4 channels last, or (C,); without batch axes.
+        num_outputs: A, the policy head's outputs: actions of a Discrete space, twice the dimensions of a Box.
+        spec: what new columns are made of (see `ColumnSpec`).
+        lateral: `"adapter"` (eq. 2), `"linear"` (eq. 1) or `"none"`.
+        lateral_scale: initial alpha of eq. 2; the paper takes 1, 0.1 or 0.01.
+        lateral_heads: whether policy and value heads have laterals (Rusu et al. 2016: yes, 2017: no).
+        input_scale: factor on observations; None means 1/255 for image shapes (bytes) and 1 for vectors.
+        seed: column k is initialised from (seed, k) alone: equal on all machines of a kind, whatever happened before.
+
+    Raises:
+        ValueError: with one line that names the argument.
+
+    >>> net = ProgressiveNetwork((4, 84, 84), num_outputs=6)
+    >>> net.add_column()
+    0
+    >>> fingerprint = net.freeze()
+    >>> net.add_column()
+    1
+    >>> logits, value, _ = net(torch.zeros(2, 4, 84, 84, dtype=torch.uint8))
+    """
+
+    def __init__(
+        self,
+        observation_shape: Sequence[int],
+        num_outputs: int,
+        spec: Any = "atari",
+        *,
+        lateral: str = "adapter",
+        lateral_scale: float = 0.1,
+        lateral_heads: bool = True,
+        input_scale: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        shape = tuple(int(n) for n in observation_shape)
+        if len(shape) not in (1, 3) or min(shape, default=0) < 1:
+            raise ValueError(f"observation_shape: expected (C, H, W), (H, W, C) or (C,), got {shape}")
+        if num_outputs < 1:
+            raise ValueError(f"num_outputs: expected at least 1, got {num_outputs}")
+        if lateral not in LATERALS:
+            raise ValueError(f"lateral: expected one of {', '.join(LATERALS)}, got {lateral!r}")
+        if not math.isfinite(lateral_scale):
+            raise ValueError(f"lateral_scale: expected a finite number, got {lateral_scale!r}")
+        self.channels_last_input = len(shape) == 3 and shape[2] in (1, 3, 4) and shape[0] not in (1, 3, 4)
+        self.given_observation_shape = shape
+        self.observation_shape = (shape[2], shape[0], shape[1]) if self.channels_last_input else shape
+        self.num_outputs = int(num_outputs)
+        self.spec = ColumnSpec.parse(spec)
+        layer_shapes(self.spec, self.observation_shape)
+        self.lateral = lateral
+        self.lateral_scale = float(lateral_scale)
+        self.lateral_heads = bool(lateral_heads)
+        self.input_scale = float(input_scale) if input_scale is not None else (1 / 255 if len(shape) == 3 else 1.0)
+        self.seed = int(seed)
+        self.columns: list[Column] = nn.ModuleList()  # type: ignore[assignment]
+
+    # -- growth --------------------------------------------------------------------------------------------------
+
+    @property
+    def num_columns(self) -> int:
+        return len(self.columns)
+
+    @property
+    def is_recurrent(self) -> bool:
+        return any(column.state_width for column in self.columns) or self.spec.is_recurrent
+
+    def add_column(
+        self,
+        spec: Any = None,
+        *,
+        lateral: str | None = None,
+        copy_of: int | None = None,
+        trains: str = "all",
+        input_shift: float = 0.0,
+    ) -> int:
+        """Freezes all columns and adds one with laterals from each of them; returns its index.
+
+        Args:
+            spec: of the new column; None means the network's. Convolutions must stand in the same layers, with the
+                same map sizes, as in earlier columns.
+            lateral: None means the network's; `"none"` gives a column that ignores the earlier ones (baseline 1).
+            copy_of: start from a copy of this column's parameters, its laterals included (baselines 2 and 3).
+            trains: `"all"`, or `"heads"` for output-layer fine-tuning (baseline 2).
+            input_shift: taken from every scaled observation by this column; a task's typical pixel (0 to 1), so that
+                a plain background is 0 and does not drown what moves. A copy keeps the original's.
+
+        Raises:
+            ValueError: the specification does not fit the earlier columns; nothing is added then.
+        """
+        index = len(self.columns)
+        if copy_of is not None:
+            if spec is not None or lateral is not None:
+                raise ValueError(
+                    "copy_of: a copy has the original's layers and laterals; give neither spec nor lateral"
+                )
+            column = copy.deepcopy(self.columns[self._index(copy_of)])
+            column.fingerprint = None
+        else:
+            generator = torch.Generator().manual_seed(_column_seed(self.seed, index))
+            column = Column.initialised(self._next_layout(spec, lateral, input_shift), self.input_scale, generator)
+        column.set_trained_part(trains)
+        column.to(self.device)
+        self.freeze()
+        self.columns.append(column)
+        return index
+
+    def append_column(self, column: Column) -> int:
+        """Freezes all columns and appends one that was built elsewhere (a store, a checkpoint); its layout must fit."""
+        specs = tuple(c.layout.spec for c in self.columns)[: column.num_sources]
+        layout = column.layout
+        if (layout.observation_shape, layout.num_outputs) != (self.observation_shape, self.num_outputs):
+            raise ValueError(
+                f"column {len(self.columns)}: made for observations {layout.observation_shape} and "
+                f"{layout.num_outputs} outputs, the network has {self.observation_shape} and {self.num_outputs}"
+            )
+        if layout.source_specs != specs:
+            raise ValueError(
+                f"column {len(self.columns)}: its laterals read {column.num_sources} columns "
+                f"{[s.name for s in layout.source_specs]}, the network has {[s.name for s in specs]}"
+            )
+        column.to(self.device)
+        self.freeze()
+        self.columns.append(column)
+        return len(self.columns) - 1
+
+    def freeze(self) -> str | None:
+        """Freezes every column and returns the newest one's fingerprint (None without columns)."""
+        return [column.freeze() for column in self.columns][-1] if self.columns else None
+
+    def fingerprints(self) -> list[str | None]:
+        """SHA-256 of every frozen column as hex; None for one that still trains."""
+        return [column.fingerprint for column in self.columns]
+
+    def verify(self) -> None:
+        """Raises `ValueError` naming the first frozen column whose parameters changed since its freezing."""
+        for index, column in enumerate(self.columns):
+            try:
+                column.verify()
+            except ValueError as error:
+                raise ValueError(f"column {index}: {error}") from None
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters that get gradients: those of the newest column, unless it is frozen."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def _next_layout(self, spec: Any, lateral: str | None, input_shift: float) -> ColumnLayout:
+        spec = self.spec if spec is None else ColumnSpec.parse(spec)
+        lateral = self.lateral if lateral is None else lateral
+        if lateral not in LATERALS:
+            raise ValueError(f"lateral: expected one of {', '.join(LATERALS)}, got {lateral!r}")
+        sources = () if lateral == "none" else tuple(column.layout.spec for column in self.columns)
+        shapes = layer_shapes(spec, self.observation_shape)
+        for j, source in enumerate(sources):
+            others = layer_shapes(source, self.observation_shape)
+            if len(others) != len(shapes) or any(a[1:] != b[1:] for a, b in zip(others, shapes, strict=True)):
+                raise ValueError(
+                    f"column {len(self.columns)}: layers of shapes {shapes[1:]} can't take laterals from column "
+                    f"{j} with {others[1:]}: the number of layers and the map sizes must agree"
+                )
+        return ColumnLayout(
+            self.observation_shape,
+            self.num_outputs,
+            spec,
+            lateral,
+            self.lateral_heads,
+            self.lateral_scale,
+            sources,
+            float(input_shift),
+        )
+
+    def _index(self, column: int) -> int:
+        if not -len(self.columns) <= column < len(self.columns):
+            raise ValueError(f"column {column}: the network has {len(self.columns)} columns")
+        return range(len(self.columns))[column]
+
+    # -- inference -----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        obs: Tensor,
+        column: int = -1,
+        state: Mapping[str, Tensor] | None = None,
+        sources: Mapping[int, Tensor] | None = None,
+        *,
+        resets: Tensor | None = None,
+        transform: Transform | None = None,
+    ) -> ColumnOutput:
+        """Policy and value of one column.
+
+        Args:
+            obs: (B, *observation_shape), or (B, T, *observation_shape) for recurrent networks; bytes or floats.
+            column: which column; negative counts from the newest.
+            state: LSTM states of **all** columns, `{"h": (B, S), "c": (B, S)}`, as `initial_state` gives them.
+            sources: the result of `sources()` for the same obs, to skip computing earlier columns again.
+            resets: (B, T) bool, true where an episode starts (LSTM states are zeroed before that step).
+            transform: `(column, layer, activation) -> activation` on every post-activation output.
+
+        Returns:
+            `ColumnOutput`; the state has the shape that came in, columns above `column` unchanged.
+        """
+        k = self._index(column)
+        h, time_shape = self._prepare(obs)
+        states = self._split_state(state, time_shape)
+        new_states = dict(states)
+        if sources is None:
+            sources = self._compute_sources(h, k, states, new_states, time_shape, resets, transform)
+        else:
+            sources = {n: s.flatten(0, 1) if time_shape else s for n, s in sources.items()}
+        logits, value, new_states[k] = self.columns[k](
+            h, sources, states.get(k), time_shape=time_shape, resets=resets, index=k, transform=transform
+        )
+        if time_shape:
+            logits, value = logits.view(*time_shape, -1), value.view(time_shape)
+        return ColumnOutput(logits, value, self._join_state(new_states))
+
+    @torch.no_grad()
+    def sources(
+        self,
+        obs: Tensor,
+        column: int = -1,
+        state: Mapping[str, Tensor] | None = None,
+        *,
+        resets: Tensor | None = None,
+    ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+        """Activations of the earlier columns that `column`'s laterals read, h^{<k} by layer, without gradient.
+
+        Args:
+            obs, column, state, resets: as in `forward`.
+
+        Returns:
+            `{layer: (B, sum of widths, ...)}` ((B, T, ...) if recurrent), to be passed to `forward(sources=...)`,
+            and the LSTM state after the last step, in which only the earlier columns have moved.
+        """
+        k = self._index(column)
+        h, time_shape = self._prepare(obs)
+        states = self._split_state(state, time_shape)
+        new_states = dict(states)
+        out = self._compute_sources(h, k, states, new_states, time_shape, resets, None)
+        if time_shape:
+            out = {n: s.view(*time_shape, *s.shape[1:]) for n, s in out.items()}
+        return out, self._join_state(new_states)
+
+    def activations(
+        self,
+        obs: Tensor,
+        column: int = -1,
+        state: Mapping[str, Tensor] | None = None,
+        *,
+        transform: Transform | None = None,
+    ) -> tuple[list[list[Tensor]], ColumnOutput]:
+        """Post-activation outputs h_1..h_L of every column up to `column`, with gradients all the way.
+
+        Returns:
+            `activations[j][i - 1]` is h_i of column j, (B, n, ...) ((B*T, n, ...) if recurrent), and `column`'s output.
+        """
+        collected: dict[tuple[int, int], Tensor] = {}
+
+        def collect(j: int, layer: int, tensor: Tensor) -> Tensor:
+            collected[j, layer] = tensor if transform is None else transform(j, layer, tensor)
+            return collected[j, layer]
+
+        output = self(obs, column, state, transform=collect)
+        columns = sorted({j for j, _ in collected})
+        return [[collected[j, i] for i in range(1, len(self.columns[j].layers) + 1)] for j in columns], output
+
+    def initial_state(self, batch_size: int | None = None) -> dict[str, Tensor]:
+        """Zero LSTM states of all columns: `{"h": (B, S), "c": (B, S)}`, without B if None; {} if feed-forward."""
+        width = sum(column.state_width for column in self.columns)
+        if width == 0:
+            return {}
+        shape = (width,) if batch_size is None else (batch_size, width)
+        return {"h": torch.zeros(shape, device=self.device), "c": torch.zeros(shape, device=self.device)}
+
+    def _prepare(self, obs: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
+        shape = self.given_observation_shape
+        time_shape = None
+        if self.is_recurrent:
+            if obs.dim() != len(shape) + 2 or obs.shape[2:] != shape:
+                raise ValueError(f"obs: expected (B, T, {', '.join(map(str, shape))}), got {tuple(obs.shape)}")
+            time_shape = (obs.shape[0], obs.shape[1])
+            obs = obs.flatten(0, 1)
+        elif obs.dim() != len(shape) + 1 or obs.shape[1:] != shape:
+            raise ValueError(f"obs: expected (B, {', '.join(map(str, shape))}), got {tuple(obs.shape)}")
+        if self.channels_last_input:
+            obs = obs.permute(0, 3, 1, 2)
+        if len(shape) == 1:
+            return obs.to(self.device, torch.float32), time_shape
+        batched = obs.shape[0] >= CHANNELS_LAST_FROM
+        layout = torch.channels_last if batched else torch.contiguous_format
+        return obs.to(self.device, torch.float32, memory_format=layout), time_shape
+
+    def _compute_sources(
+        self,
+        h: Tensor,
+        k: int,
+        states: Mapping[int, LSTMState],
+        new_states: dict[int, LSTMState],
+        time_shape: tuple[int, int] | None,
+        resets: Tensor | None,
+        transform: Transform | None,
+    ) -> dict[int, Tensor]:
+        """h^{<k} of every layer that column k reads; columns are computed oldest first, each from the ones before."""
+        num = self.columns[k].num_sources
+        collected: list[list[Tensor]] = []
+        # What column j reads is the first part of what a later column reads, so one concatenation a column serves.
+        for j in range(num):
+            column = self.columns[j]
+            sources = _concatenate(collected[: column.num_sources], column.reads)
+            layers: list[Tensor] = []
+            # Without a transform nothing here depends on a parameter that trains.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and transform is not None):
+                _, _, new_states[j] = column(
+                    h,
+                    sources,
+                    states.get(j),
+                    time_shape=time_shape,
+                    resets=resets,
+                    index=j,
+                    transform=transform,
+                    activations=layers,
+                    heads=False,
+                )
+            collected.append(layers)
+        return _concatenate(collected, self.columns[k].reads)
+
+    def _split_state(
+        self, state: Mapping[str, Tensor] | None, time_shape: tuple[int, int] | None
+    ) -> dict[int, LSTMState]:
+        if time_shape is None:
+            return {}
+        if not state:
+            state = self.initial_state(time_shape[0])
+        width = sum(column.state_width for column in self.columns)
+        if state["h"].shape != (time_shape[0], width):
+            raise ValueError(f"state: expected h of shape ({time_shape[0]}, {width}), got {tuple(state['h'].shape)}")
+        states, start = {}, 0
+        for j, column in enumerate(self.columns):
+            end = start + column.state_width
+            states[j] = LSTMState(state["h"][:, start:end], state["c"][:, start:end])
+            start = end
+        return states
+
+    def _join_state(self, states: Mapping[int, LSTMState | None]) -> dict[str, Tensor]:
+        parts = [s for _, s in sorted(states.items()) if s is not None]
+        if not parts:
+            return {}
+        return {"h": torch.cat([s.h for s in parts], dim=1), "c": torch.cat([s.c for s in parts], dim=1)}
+
+
+def _concatenate(collected: Sequence[Sequence[Tensor]], layers: Sequence[int]) -> dict[int, Tensor]:
+    if len(collected) == 1:
+        return {n: collected[0][n - 1] for n in layers}
+    return {n: torch.cat([column[n - 1] for column in collected], dim=1) for n in layers}
+
+
+def _column_seed(seed: int, index: int) -> int:
+    # Any injective mix serves; columns of neighbouring seeds must not share a stream.
+    return (seed * 1_000_003 + index * 7_919 + 17) % 2**63

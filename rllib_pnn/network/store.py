@@ -1,0 +1,343 @@
+"""Frozen columns on disk: safetensors and a JSON manifest. Plain torch, no Ray, no pickle.
+
+A store is a folder with `manifest.json` and one `column_NNN.safetensors` a column. A column is written once, when
+it is frozen: its file first, then the manifest, each moved into place whole, so that a kill at any moment leaves
+the store either without the column or with it. Whatever is read is data from a stranger: sizes, names and shapes are
+checked against the manifest before anything is allocated, links are refused, and every column's SHA-256 fingerprint
+is compared with the one noted at its freezing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import save as safetensors_save
+
+from rllib_pnn.network.column import Column, ColumnLayout
+from rllib_pnn.network.progressive import ProgressiveNetwork
+from rllib_pnn.network.spec import ColumnSpec
+
+FORMAT: Final = "rllib_pnn.columns/1"
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_COLUMN_BYTES = 4 * 2**30
+MAX_COLUMNS = 10_000
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=1, le=2**31)]
+
+
+class ColumnStoreError(ValueError):
+    """A store that can't be read or written; one line that names the file and what differs."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NetworkEntry(_Model):
+    """What all columns of a store share."""
+
+    observation_shape: Annotated[tuple[Size, ...], Field(min_length=1, max_length=3)]
+    num_outputs: Size
+    spec: dict[str, Any]
+    lateral: Literal["adapter", "linear", "none"]
+    lateral_scale: Annotated[float, Field(allow_inf_nan=False)]
+    lateral_heads: bool
+    input_scale: Annotated[float, Field(allow_inf_nan=False)]
+    seed: int
+
+
+class ColumnEntry(_Model):
+    """One frozen column: what it is, what it learned, how well, and the fingerprint that proves it unchanged.
+
+    `score` is the mean return per episode, unclipped, over `num_episodes` at freezing; `num_env_steps` were trained.
+    """
+
+    file: Annotated[str, Field(pattern=r"^column_[0-9]{3,5}\.safetensors$")]
+    fingerprint: Sha256
+    spec: dict[str, Any]
+    lateral: Literal["adapter", "linear", "none"]
+    lateral_heads: bool
+    lateral_scale: Annotated[float, Field(allow_inf_nan=False)]
+    num_sources: Annotated[int, Field(ge=0, le=MAX_COLUMNS)]
+    input_shift: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    task: Annotated[str, Field(max_length=200)]
+    env: Annotated[str, Field(max_length=200)] | None = None
+    env_config: dict[str, Any] = {}
+    score: float | None = None
+    num_env_steps: Annotated[int, Field(ge=0)] | None = None
+    extra: dict[str, Any] = {}
+
+
+class Manifest(_Model):
+    format: Literal["rllib_pnn.columns/1"]
+    network: NetworkEntry
+    columns: Annotated[list[ColumnEntry], Field(max_length=MAX_COLUMNS)]
+
+
+class ColumnStore:
+    """A folder of frozen columns.
+
+    Args:
+        path: the folder; created by the first `save_column`.
+
+    >>> store = ColumnStore("run/columns")               # doctest: +SKIP
+    >>> network = store.load()                            # doctest: +SKIP
+    >>> [entry.task for entry in store.entries]           # doctest: +SKIP
+    ['pong', 'h_flip']
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"ColumnStore({str(self.path)!r})"
+
+    def exists(self) -> bool:
+        """Whether the folder holds a manifest."""
+        return os.path.lexists(self.path / MANIFEST)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest as it is on disk now. Raises `ColumnStoreError`."""
+        path = self.path / MANIFEST
+        text = _read(path, MAX_MANIFEST_BYTES)
+        try:
+            return Manifest.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ColumnStoreError(f"{path}: {where + ': ' if where else ''}{_one_line(first['msg'])}") from None
+        except RecursionError:
+            raise ColumnStoreError(f"{path}: nested too deeply") from None
+
+    @property
+    def entries(self) -> list[ColumnEntry]:
+        """One entry a column, oldest first; [] if nothing was stored yet. Raises `ColumnStoreError`."""
+        return self.manifest.columns if self.exists() else []
+
+    def save_column(
+        self,
+        network: ProgressiveNetwork,
+        index: int,
+        *,
+        task: str,
+        env: str | None = None,
+        env_config: dict[str, Any] | None = None,
+        score: float | None = None,
+        num_env_steps: int | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> ColumnEntry:
+        """Stores a frozen column; columns go in in order, and one that is in is never written again.
+
+        Storing a column that the store holds already, with the same fingerprint, changes nothing.
+
+        Raises:
+            ColumnStoreError: not frozen, changed since, out of order, not the column that the store holds under this
+                index, or the disk refuses. The store is then as it was.
+        """
+        column = network.columns[index]
+        if column.fingerprint is None:
+            raise ColumnStoreError(f"{self.path}: column {index} still trains; freeze() it first")
+        try:
+            column.verify()
+        except ValueError as error:
+            raise ColumnStoreError(f"{self.path}: column {index}: {error}") from None
+        shared = _network_entry(network)
+        manifest = self.manifest if self.exists() else Manifest(format=FORMAT, network=shared, columns=[])
+        held = (manifest.network.observation_shape, manifest.network.num_outputs)
+        if held != (shared.observation_shape, shared.num_outputs):
+            raise ColumnStoreError(
+                f"{self.path / MANIFEST}: holds columns for observations {held[0]} and {held[1]} outputs, "
+                f"not {shared.observation_shape} and {shared.num_outputs}"
+            )
+        if index < len(manifest.columns):
+            entry = manifest.columns[index]
+            if entry.fingerprint != column.fingerprint:
+                raise ColumnStoreError(
+                    f"{self.path / MANIFEST}: column {index} is stored with fingerprint {entry.fingerprint[:12]}, "
+                    f"not {column.fingerprint[:12]}; a stored column is never replaced, use another folder"
+                )
+            return entry
+        if index > len(manifest.columns):
+            raise ColumnStoreError(
+                f"{self.path / MANIFEST}: holds {len(manifest.columns)} columns, column {index} can't be next"
+            )
+        layout = column.layout
+        entry = ColumnEntry(
+            file=f"column_{index:03d}.safetensors",
+            fingerprint=column.fingerprint,
+            spec=layout.spec.to_json(),
+            lateral=layout.lateral,  # type: ignore[arg-type]
+            lateral_heads=layout.lateral_heads,
+            lateral_scale=layout.lateral_scale,
+            num_sources=column.num_sources,
+            input_shift=layout.input_shift,
+            task=task,
+            env=env,
+            env_config=dict(env_config or {}),
+            score=score,
+            num_env_steps=num_env_steps,
+            extra=dict(extra or {}),
+        )
+        tensors = {n: p.detach().to("cpu", torch.float32).contiguous() for n, p in column.named_parameters()}
+        text = manifest.model_copy(update={"columns": [*manifest.columns, entry]}).model_dump_json(indent=2)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write(self.path / entry.file, safetensors_save(tensors))
+            _write(self.path / MANIFEST, text.encode())
+        except OSError as error:
+            raise ColumnStoreError(f"{error.filename or self.path}: {error.strerror or error}") from error
+        return entry
+
+    def load(self, num_columns: int | None = None) -> ProgressiveNetwork:
+        """The network with its (first `num_columns`) columns, all frozen and verified.
+
+        Raises:
+            ColumnStoreError: naming the file and what differs.
+        """
+        manifest = self.manifest
+        shared = manifest.network
+        try:
+            network = ProgressiveNetwork(
+                shared.observation_shape,
+                shared.num_outputs,
+                shared.spec,
+                lateral=shared.lateral,
+                lateral_scale=shared.lateral_scale,
+                lateral_heads=shared.lateral_heads,
+                input_scale=shared.input_scale,
+                seed=shared.seed,
+            )
+        except ValueError as error:
+            raise ColumnStoreError(f"{self.path / MANIFEST}: {error}") from None
+        for index, entry in enumerate(manifest.columns[:num_columns]):
+            network.append_column(self._load_column(network, index, entry))
+        return network
+
+    def verify(self) -> None:
+        """Raises `ColumnStoreError` unless every column loads and has its fingerprint."""
+        self.load()
+
+    def _load_column(self, network: ProgressiveNetwork, index: int, entry: ColumnEntry) -> Column:
+        path = self.path / entry.file
+        if entry.num_sources > index:
+            raise ColumnStoreError(
+                f"{self.path / MANIFEST}: columns.{index}.num_sources: "
+                f"expected at most {index}, got {entry.num_sources}"
+            )
+        try:
+            layout = ColumnLayout(
+                network.observation_shape,
+                network.num_outputs,
+                ColumnSpec.parse(entry.spec),
+                entry.lateral,
+                entry.lateral_heads,
+                entry.lateral_scale,
+                tuple(column.layout.spec for column in network.columns[: entry.num_sources]),
+                entry.input_shift,
+            )
+            with torch.device("meta"):  # shapes without memory
+                column = Column(layout, network.input_scale)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ColumnStoreError(f"{self.path / MANIFEST}: columns.{index}: {_one_line(error)}") from None
+        expected = {name: tuple(p.shape) for name, p in column.named_parameters()}
+        data = _read(path, MAX_COLUMN_BYTES)
+        _check_header(path, data, expected)
+        try:
+            tensors = safetensors_load(data)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ColumnStoreError(f"{path}: damaged: {_one_line(error)}") from None
+        column.load_state_dict(tensors, strict=True, assign=True)
+        found = column.compute_fingerprint()
+        if found != entry.fingerprint:
+            raise ColumnStoreError(
+                f"{path}: its fingerprint is {found[:12]}, the manifest says {entry.fingerprint[:12]}: "
+                "the file was changed or belongs to another store"
+            )
+        column.freeze()
+        return column
+
+
+def _network_entry(network: ProgressiveNetwork) -> NetworkEntry:
+    return NetworkEntry(
+        observation_shape=network.given_observation_shape,
+        num_outputs=network.num_outputs,
+        spec=network.spec.to_json(),
+        lateral=network.lateral,  # type: ignore[arg-type]
+        lateral_scale=network.lateral_scale,
+        lateral_heads=network.lateral_heads,
+        input_scale=network.input_scale,
+        seed=network.seed,
+    )
+
+
+def _check_header(path: Path, data: bytes, expected: dict[str, tuple[int, ...]]) -> None:
+    """Compares a safetensors header with the expected float32 shapes before any tensor is made."""
+    try:
+        (length,) = struct.unpack("<Q", data[:8])
+        if length > len(data) - 8 or length > 100 * 2**20:
+            raise ValueError(f"header of {length} bytes in a file of {len(data)}")
+        header = json.loads(data[8 : 8 + length])
+        header.pop("__metadata__", None)
+        found = {name: tuple(t["shape"]) for name, t in header.items()}
+        types = {t["dtype"] for t in header.values()}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ColumnStoreError(f"{path}: damaged or not a safetensors file: {_one_line(error)}") from None
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ColumnStoreError(
+                f"{path}: {name}: expected shape {expected.get(name, 'none')}, got {found.get(name, 'none')}"
+            )
+    if types != {"F32"}:
+        raise ColumnStoreError(f"{path}: expected float32 tensors (F32), got {', '.join(sorted(map(str, types)))}")
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """A regular file's bytes; links, devices and files above `limit` bytes are refused before reading."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise ColumnStoreError(f"{path}: no such file; expected a column store (a run's `columns` folder)") from None
+    except OSError as error:
+        reason = "a symbolic link, refused" if path.is_symlink() else error.strerror
+        raise ColumnStoreError(f"{path}: {reason}") from None
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ColumnStoreError(f"{path}: not a regular file")
+        if status.st_size > limit:
+            raise ColumnStoreError(f"{path}: {status.st_size} bytes, expected at most {limit}")
+        return file.read(limit + 1)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes a file so that it is there whole or not at all, even if the machine stops."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())[:300]
