@@ -16,9 +16,10 @@ square root, as torch does; gradients older than `max_gradient_staleness` update
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -475,11 +476,13 @@ class A3C(Algorithm):
     @override(Algorithm)
     def training_step(self) -> None:
         self._reported.clear()
-        if self.config.num_env_runners == 0:
-            self._train_here()
-        else:
-            self._train_on_env_runners()
-        self._take_learner_results()
+        # An update is a few short vector operations; more threads would wait for cores that EnvRunners keep busy.
+        with _torch_threads(1):
+            if self.config.num_env_runners == 0:
+                self._train_here()
+            else:
+                self._train_on_env_runners()
+            self._take_learner_results()
 
     def _train_here(self) -> None:
         """No EnvRunner actors: rollouts, gradients and updates take turns in this process."""
@@ -517,10 +520,7 @@ class A3C(Algorithm):
                     "config.fault_tolerance(restart_failed_env_runners=..., max_num_env_runner_restarts=...)"
                 )
             start = time.perf_counter()
-            ready, _ = ray.wait(
-                [*self._requests, *self._probes],
-                timeout=PROBE_INTERVAL_S if self._next_probe else None,
-            ) if self._requests or self._probes else (time.sleep(PROBE_INTERVAL_S) or [], [])
+            ready = self._wait()
             waited += time.perf_counter() - start
             for ref in ready:
                 if ref in self._probes:
@@ -530,6 +530,14 @@ class A3C(Algorithm):
             if self._answered:
                 break  # RLlib restores EnvRunners between training steps
         self.metrics.log_value((TIMERS, GRAD_WAIT_TIMER), waited)
+
+    def _wait(self) -> list[ray.ObjectRef]:
+        """The longest-standing request or probe that is done; none if it is time to ping instead."""
+        open_refs = [*self._requests, *self._probes]
+        if not open_refs:
+            time.sleep(PROBE_INTERVAL_S)
+            return []
+        return ray.wait(open_refs, timeout=PROBE_INTERVAL_S if self._next_probe else None)[0]
 
     def _take_gradient(self, ref: ray.ObjectRef) -> bool:
         """Handles a finished request and sends its EnvRunner the next; returns whether it brought a gradient."""
@@ -677,6 +685,16 @@ class A3C(Algorithm):
         """Gradients on their way belong to the weights before the restore."""
         self._requests.clear()
         self._has_state.clear()
+
+
+@contextlib.contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def register_a3c() -> None:
