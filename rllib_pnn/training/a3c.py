@@ -17,6 +17,7 @@ square root, as torch does; gradients older than `max_gradient_staleness` update
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator
@@ -70,6 +71,8 @@ from rllib_pnn.training.a3c_env_runner import (
     GradientInfo,
     Weights,
 )
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZERS = {"rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam}
 # Of the optimizer's keys those that are not torch's own.
@@ -185,7 +188,7 @@ class A3CConfig(AlgorithmConfig):
     @override(AlgorithmConfig)
     def validate(self) -> None:
         super().validate()
-        # RLlib overwrites some of these in evaluation configs, where nothing is trained.
+        # RLlib changes some of these in evaluation configs, where nothing is trained.
         if self.in_evaluation or not self._validate_config:
             return
         if not (self.enable_rl_module_and_learner and self.enable_env_runner_and_connector_v2):
@@ -243,6 +246,10 @@ class A3CConfig(AlgorithmConfig):
             )
         self._check_count("max_gradient_staleness", least=0)
         self._check_count("gradients_per_training_step", least=1)
+        if callbacks := _episode_callbacks(self):
+            logger.warning(
+                f"A3C's training rollouts hold no episodes, so {', '.join(callbacks)} will be called in evaluation only."
+            )
 
     def _check_count(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -351,6 +358,7 @@ class A3CLearner(TorchLearner):
 
     def get_metrics(self) -> ResultDict:
         """Means over the gradients applied since the last call, and counters."""
+        self._log_trainable_parameters()
         log = self.metrics.log_value
         applied = self._num_applied_unreported
         for name, total in self._sums.items():
@@ -587,10 +595,8 @@ class A3C(Algorithm):
         self.metrics.aggregate([result.get() for result in results], key=LEARNER_RESULTS)
         # `algo.get_module()` and checkpoints read the local EnvRunner's module.
         local = self.env_runner
-        if local is not None and self.config.num_env_runners > 0:
-            weights = self._current_weights()
-            if not (local.has_learner_state and local.load_weights(weights)):
-                local.set_state(self._get_module_state())
+        if local is not None and not (local.has_learner_state and local.load_weights(self._current_weights())):
+            local.set_state(self._get_module_state())
 
     @property
     def _learner(self) -> Any:
@@ -702,8 +708,8 @@ def register_a3c() -> None:
     tune.register_trainable("A3C", A3C)
 
 
-def overrides_episode_callbacks(config: AlgorithmConfig) -> list[str]:
-    """Names of the per-episode callbacks that `config` sets and training rollouts never call."""
+def _episode_callbacks(config: AlgorithmConfig) -> list[str]:
+    """Names of the per-episode callbacks that `config` sets."""
     names = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end")
     classes = [c for c in force_list(config.callbacks_class) if isinstance(c, type)]
     return [

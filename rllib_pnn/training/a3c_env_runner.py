@@ -134,7 +134,9 @@ class Rollout:
     last_state: Any
     features: dict[str, Tensor]  # (T, N, ...), the module's `frozen_features`
     last_features: dict[str, Tensor]  # (N, ...)
-    final: list[tuple[int, int, Tensor, Any]]  # (t, n, obs, state) of truncations whose state the env replaced (SAME_STEP)
+    final: list[
+        tuple[int, int, Tensor, Any]
+    ]  # (t, n, obs, state) of truncations whose state the env replaced (SAME_STEP)
 
 
 class A3CEnvRunner(SingleAgentEnvRunner):
@@ -507,7 +509,8 @@ class A3CEnvRunner(SingleAgentEnvRunner):
                     f"got infos with {sorted(infos)}"
                 )
             obs = torch.from_numpy(self._as_obs(infos["final_obs"][n])).to(self._device)
-            found.append((t, int(n), obs, tree.map_structure(lambda s, n=n: s[n], state)))
+            last_state = None if state is None else tree.map_structure(lambda s, n=n: s[n], state)
+            found.append((t, int(n), obs, last_state))
         return found
 
     # -- learning ------------------------------------------------------------------------------------------------
