@@ -1,4 +1,4 @@
-"""The gradient of A3CEnvRunner against A3C written out slowly from the equations, one environment and step at a time."""
+"""The gradient of A3CEnvRunner against A3C written slowly from the equations, one environment and step at a time."""
 
 from __future__ import annotations
 

@@ -77,6 +77,7 @@ logger = logging.getLogger(__name__)
 OPTIMIZERS = {"rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam}
 # Of the optimizer's keys those that are not torch's own.
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {"rmsprop": {"alpha": 0.99, "eps": 1e-5}, "adam": {"eps": 1e-5}}
+_UNSET: Any = NotProvided  # RLlib's "not given", typed so that signatures can say what is expected
 DROP_REASONS = ("stale", "other_task", "other_layout", "not_finite")
 # Seconds between two looks at an EnvRunner that restarts.
 PROBE_INTERVAL_S = 1.0
@@ -90,6 +91,11 @@ class A3CConfig(AlgorithmConfig):
     >>> config.rollout_fragment_length, config.num_envs_per_env_runner
     (5, 16)
     """
+
+    # RLlib's annotations are narrower than what it takes.
+    env_runner_cls: Any
+    grad_clip: Any
+    min_time_s_per_iteration: Any
 
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class=algo_class or A3C)
@@ -114,11 +120,11 @@ class A3CConfig(AlgorithmConfig):
     def training(
         self,
         *,
-        lambda_: float = NotProvided,
-        vf_loss_coeff: float = NotProvided,
-        entropy_coeff: float | list[list[float]] = NotProvided,
-        max_gradient_staleness: int | str = NotProvided,
-        gradients_per_training_step: int | str = NotProvided,
+        lambda_: float = _UNSET,
+        vf_loss_coeff: float = _UNSET,
+        entropy_coeff: float | list[list[float]] = _UNSET,
+        max_gradient_staleness: int | str = _UNSET,
+        gradients_per_training_step: int | str = _UNSET,
         **kwargs: Any,
     ) -> A3CConfig:
         """Sets what training depends on.
@@ -248,7 +254,7 @@ class A3CConfig(AlgorithmConfig):
         self._check_count("gradients_per_training_step", least=1)
         if callbacks := _episode_callbacks(self):
             logger.warning(
-                f"A3C's training rollouts hold no episodes, so {', '.join(callbacks)} will be called in evaluation only."
+                f"A3C's training rollouts hold no episodes: {', '.join(callbacks)} will be called in evaluation only."
             )
 
     def _check_count(self, name: str, least: int) -> None:
@@ -259,6 +265,9 @@ class A3CConfig(AlgorithmConfig):
 
 class A3CLearner(TorchLearner):
     """Holds the module and the optimizer that all EnvRunners share, and applies their gradients one by one."""
+
+    config: Any
+    _module: Any
 
     @override(TorchLearner)
     def build(self) -> None:
@@ -464,13 +473,19 @@ class A3C(Algorithm):
     the way of a gradient at the cost of one more update of staleness.
     """
 
+    # RLlib declares these as optional; `setup()` sets them.
+    config: Any
+    env_runner_group: Any
+    learner_group: Any
+    metrics: Any
+
     @classmethod
     @override(Algorithm)
     def get_default_config(cls) -> A3CConfig:
         return A3CConfig()
 
     @override(Algorithm)
-    def setup(self, config: AlgorithmConfig) -> None:
+    def setup(self, config: Any) -> None:
         self._requests: dict[ray.ObjectRef, _Request] = {}
         self._probes: dict[ray.ObjectRef, int] = {}  # pings of EnvRunners that failed
         self._next_probe: dict[int, float] = {}  # when to ping again, by time.monotonic()

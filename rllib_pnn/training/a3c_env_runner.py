@@ -10,6 +10,7 @@ Rollouts are arrays (T, N, ...): T steps of N environments, no episode objects, 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -147,17 +148,26 @@ class A3CEnvRunner(SingleAgentEnvRunner):
     the same keys in every batch that holds this observation.
     """
 
+    # RLlib declares these as optional or by their bases; they are set before use.
+    config: Any
+    env: Any
+    module: Any
+
     def __init__(self, *, config: Any, **kwargs: Any) -> None:
         if kwargs.get("worker_index"):
             # A process of its own: other EnvRunners have the other cores.
             torch.set_num_threads(1)
             keep_freed_memory()
-        self._vector_env: gym.vector.VectorEnv | None = None
+        self._vector_env: Any = None
         self._next_step_reset = True
         self._layout: FlatParameters | None = None
         self._has_learner_state = False
         self._restart_rollouts = self._env_is_new = True
         self._obs_buffer: Tensor | None = None
+        # Where the next rollout goes on: observations and recurrent states (N, ...), and which envs reset next (N,).
+        self._obs: np.ndarray = np.empty(0)
+        self._state: Any = None
+        self._is_reset_step: np.ndarray = np.empty(0, dtype=bool)
         self._last_features: dict[str, Tensor] | None = None
         self._entropy_coeff = 0.0
         self._num_env_steps_unreported = 0
@@ -319,7 +329,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         module, num_envs, length = self.module, self.num_envs, self._rollout_length
         module.eval()
         recurrent = self._state is not None
-        distribution = module.get_exploration_action_dist_cls()
+        distribution: Any = module.get_exploration_action_dist_cls()
 
         assert self._obs_buffer is not None
         obs = self._obs_buffer
@@ -414,15 +424,14 @@ class A3CEnvRunner(SingleAgentEnvRunner):
 
     def _step_env(self, actions: np.ndarray) -> tuple[Any, ...] | None:
         """Steps all envs; None if that failed and the envs were made anew (RLlib's rules and settings)."""
-        assert self._vector_env is not None
         try:
             return self._vector_env.step(actions)
         except Exception as error:
             self.metrics.log_value(NUM_ENV_STEP_FAILURES_LIFETIME, 1, reduce="lifetime_sum")
             if not self.config.restart_failed_sub_environments:
                 raise RuntimeError(
-                    f"env: stepping failed with {error!r}; config.fault_tolerance(restart_failed_sub_environments=True) "
-                    "makes failed environments anew instead"
+                    f"env: stepping failed with {error!r}; "
+                    "config.fault_tolerance(restart_failed_sub_environments=True) makes failed environments anew"
                 ) from error
             if not isinstance(error, StepFailedRecreateEnvError):
                 logger.exception("Stepping the envs failed; they are made anew and all of them reset.")
@@ -545,7 +554,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         def flat(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array.reshape(-1)).to(self._device, torch.float32)
 
-        distribution = self.module.get_train_action_dist_cls().from_logits(logits)
+        distribution: Any = self.module.get_train_action_dist_cls().from_logits(logits)
         loss = a3c_loss(
             distribution.logp(rollout.actions.flatten(0, 1)),
             distribution.entropy(),
@@ -615,10 +624,10 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             and for each of the M transitions, time-major, its place in the flattened (S, L).
         """
         T, N = rollout.rewards.shape
-        pieces = []  # (n, first step, end)
+        pieces: list[tuple[int, int, int]] = []  # env, first step, end
         for n in range(N):
             bounds = [0, *(np.flatnonzero(rollout.resets[:-1, n]) + 1), T]
-            pieces.extend((n, int(a), int(b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+            pieces.extend((n, int(a), int(b)) for a, b in itertools.pairwise(bounds))
         pieces.sort(key=lambda piece: piece[1] > 0)  # first those that go on from the rollout's first state
         length = max(b - a for _, a, b in pieces)
         order = np.empty((T, N), dtype=np.int64)
