@@ -285,7 +285,7 @@ def _json_rows(file: Path, text: str, notes: list[str]) -> Iterator[dict[str, An
 
 
 def _parse_line(line: str) -> dict[str, Any] | None:
-    """A result, or None. A resumed trial appends to the half line of the killed one; the whole tail is then the result."""
+    """A result, or None. A resumed trial appends to the half line of the killed one; the tail is then the result."""
     start = line.find("{")
     while start >= 0:
         try:
