@@ -107,7 +107,7 @@ def average_fisher_sensitivity(
                 transform=collect,
             )
             logits = output.logits.reshape(-1, network.num_outputs)
-            weighted = _log_likelihoods(logits, num_actions, actions, generator)
+            weighted = log_likelihoods(logits, num_actions, actions, generator)
             keys, tensors = list(hidden), list(hidden.values())
             for index, (log_likelihood, weight) in enumerate(weighted):
                 gradients = torch.autograd.grad(
@@ -149,7 +149,7 @@ def layer_names(network: ProgressiveNetwork, column: int) -> tuple[str, ...]:
     return tuple(layer_name(layer, number) for number, layer in enumerate(layers, start=1))
 
 
-def _log_likelihoods(
+def log_likelihoods(
     logits: Tensor, num_actions: int | None, actions: str, generator: torch.Generator
 ) -> list[tuple[Tensor, Tensor]]:
     """Pairs of log pi(a|s) (B,) with gradient and its weight (B,) in the expectation over a."""
