@@ -68,7 +68,8 @@ def write_run(
                 "column": index,
                 "task_env_steps": steps,
                 "episode_return_mean": mean,
-                "finished": finished and number == len(points) - 1,
+                "task_over": (over := finished and number == len(points) - 1),
+                "finished": over and index == len(curves) - 1,
             }
             if not smoothed:
                 progressive |= {"num_episodes": episodes, "episode_return_sum": mean * episodes}
@@ -79,16 +80,16 @@ def write_run(
                 "progressive": progressive,
                 "config": {"model": {"fcnet_hiddens": [256, 256]}},
             }
-            if column_results and index == len(curves) - 1:
-                result["columns"] = {
-                    task: {
-                        "episode_return_mean": later,
-                        "frozen_episode_return_mean": frozen,
-                        "forgetting": frozen - later,
-                        "num_episodes": 10,
-                    }
-                    for task, (frozen, later) in column_results.items()
+            nan = float("nan")
+            measured = (column_results or {}) if index == len(curves) - 1 else {}
+            result["columns"] = {
+                task: {
+                    "episode_return_mean": measured.get(task, (nan, nan))[1],
+                    "frozen_episode_return_mean": measured.get(task, (nan, nan))[0],
+                    "num_episodes": 10 if task in measured else 0,
                 }
+                for task in curves
+            }
             results.append(result)
     if "json" in formats:
         (path / "result.json").write_text("".join(json.dumps(result) + "\n" for result in results))
@@ -102,7 +103,8 @@ def write_run(
     if manifest_tasks is not None:
         (path / "columns").mkdir()
         entries = [
-            {"task": task, "env": env, "file": f"column_{i:03d}.safetensors"} for i, task in enumerate(manifest_tasks)
+            {"task": task if task in curves else f"columns:{task}", "env": env, "extra": {"source": task not in curves}}
+            for task in manifest_tasks
         ]
         (path / "columns" / "manifest.json").write_text(json.dumps({"columns": entries}))
     return path

@@ -181,9 +181,29 @@ def test_a_run_without_episode_sums_is_read_from_its_running_average(tmp_path):
     ],
 )
 def test_sources_of_each_architecture(tmp_path, architecture, expected):
-    origin = write_run(tmp_path / "source", {"pong": flat(0), "noisy": flat(0)}, manifest_tasks=["pong", "noisy"])
+    curves = {"pong": flat(0), "noisy": flat(0)}
+    origin = write_run(tmp_path / "source", curves, manifest_tasks=["pong", "noisy"])
     run = read_run(write_run(tmp_path / "a", {"zoom": flat(0)}, architecture=architecture, columns_from=str(origin)))
     assert (run.tasks[0].method, run.tasks[0].sources) == expected
+
+
+def test_the_end_of_a_task_is_known_before_the_end_of_the_run(tmp_path):
+    run = read_run(write_run(tmp_path / "a", {"pong": flat(0), "zoom": flat(0)}, until={"num_env_steps": 900}))
+    assert [task.ended_by_return for task in run.tasks] == [True, True]
+    run = read_run(write_run(tmp_path / "b", {"pong": flat(0)}, until={"num_env_steps": 900}, finished=False))
+    assert not run.tasks[0].finished
+
+
+def test_an_ordinary_rllib_run_is_one_curve(tmp_path):
+    path = write_run(tmp_path / "a", {"pong": flat(5)})
+    (path / "experiment.json").write_text('{"name": "plain", "run": "PPO", "env": "CartPole-v1", "progressive": null}')
+    lines = [json.loads(line) for line in (path / "result.json").read_text().splitlines()]
+    for line in lines:
+        del line["progressive"], line["columns"]
+    (path / "result.json").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (task,) = read_run(path).tasks
+    assert (task.task, task.method, task.env, task.smoothed) == ("plain", "scratch", "CartPole-v1", True)
+    np.testing.assert_allclose(task.steps, [100, 200, 300, 400])
 
 
 def test_sources_survive_a_move(tmp_path):

@@ -249,18 +249,15 @@ def _recorded(laterals: Mapping[str, Lateral]) -> Iterator[dict[tuple[str, bool]
         project = lateral.project
 
         def recording(sources: Tensor) -> Tensor:
-            leaf = seen[key, True] = sources.detach().requires_grad_(torch.is_grad_enabled())
+            features = sources if isinstance(lateral.out, nn.Conv2d) else sources.flatten(1)
+            leaf = seen[key, True] = features.detach().requires_grad_(torch.is_grad_enabled())
             if not isinstance(lateral, Adapter):
                 return leaf
             seen[key, False] = project(leaf)
             return seen[key, False]
 
-        def forward(sources: Tensor) -> Tensor:
-            assert lateral.out is not None
-            return lateral.out(recording(sources))
-
-        # Attributes of the instance come before the methods of its class, for `__call__` too.
-        vars(lateral).update(project=recording, forward=forward)
+        # An attribute of the instance comes before the method of its class.
+        vars(lateral)["project"] = recording
 
     for key, lateral in laterals.items():
         record(key, lateral)
@@ -268,7 +265,7 @@ def _recorded(laterals: Mapping[str, Lateral]) -> Iterator[dict[tuple[str, bool]
         yield seen
     finally:
         for lateral in laterals.values():
-            del lateral.project, lateral.forward
+            del vars(lateral)["project"]
 
 
 # -- cutting -------------------------------------------------------------------------------------------------------

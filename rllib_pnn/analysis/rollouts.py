@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rllib_pnn.envs.registry import register_envs
 from rllib_pnn.network import ProgressiveNetwork
 from rllib_pnn.network.column import Column, Transform
 
@@ -21,7 +22,7 @@ class Rollout:
     """What one column did in its environment."""
 
     returns: np.ndarray
-    """(E,) return per episode, as the environment rewards (unclipped)."""
+    """(E,) return per episode, unclipped."""
     lengths: np.ndarray
     """(E,) agent steps of each episode."""
     observations: np.ndarray
@@ -110,6 +111,7 @@ def play(
 
 def make_envs(env: str, env_config: Mapping[str, Any] | None, num_envs: int) -> gym.vector.VectorEnv:
     """`gymnasium.make_vec`, with one-line `ValueError`s."""
+    register_envs()
     try:
         return gym.make_vec(env, num_envs=num_envs, **dict(env_config or {}))
     except (gym.error.Error, TypeError, ValueError, ImportError, OSError) as error:
@@ -223,14 +225,18 @@ def _play(
         space = envs.single_action_space
         if isinstance(space, gym.spaces.Box):
             chosen = _unsquash(chosen.reshape(n, *space.shape), space)
-        obs, rewards, terminated, truncated, _ = envs.step(chosen)
+        elif isinstance(space, gym.spaces.Discrete):
+            chosen = chosen + space.start
+        obs, rewards, terminated, truncated, infos = envs.step(chosen)
         reward_sum[~dead] += np.asarray(rewards)[~dead]
         length[~dead] += 1
         ended = ~dead & (terminated | truncated)
         for i in np.flatnonzero(ended).tolist():
             if quota[i] > 0:
                 quota[i] -= 1
-                returns.append(float(reward_sum[i]))
+                # Environments that clip rewards tell the unclipped score at an episode's end.
+                told = "episode_score" in infos and infos.get("_episode_score", ended)[i]
+                returns.append(float(infos["episode_score"][i] if told else reward_sum[i]))
                 lengths.append(int(length[i]))
             reward_sum[i], length[i] = 0.0, 0
         just_reset, dead = (ended, dead) if same_step else (dead, ended)

@@ -195,8 +195,8 @@ def read_experiment(run: Path | str) -> Mapping[str, Any]:
     experiment = read_json(file)
     if not isinstance(experiment, dict):
         raise RunError(f"{file}: expected a JSON object, got {type(experiment).__name__}")
-    if not isinstance(experiment.get("env"), str):
-        raise RunError(f"{file}: env: expected an environment id, got {experiment.get('env')!r}")
+    if not isinstance(experiment.get("env") or "", str):
+        raise RunError(f"{file}: env: expected an environment id, got {_short(experiment['env'])}")
     return experiment
 
 
@@ -390,7 +390,7 @@ def _task_run(
     budget = number(until.get("num_env_steps"))
     return TaskRun(
         run=path,
-        env=str(experiment["env"]),
+        env=str(experiment.get("env") or (config.get("env") if isinstance(config, dict) else None) or "unknown"),
         env_config={**_env_config(config), **_section(spec, "env_config", path / EXPERIMENT_FILE)},
         task=task,
         task_index=position,
@@ -401,7 +401,7 @@ def _task_run(
         return_sums=sums[seen],
         episodes=episodes[seen],
         smoothed=not exact,
-        finished=str(rows[-1].get("progressive/finished")).lower() == "true",
+        finished=any(str(rows[-1].get(f"progressive/{key}")).lower() == "true" for key in ("task_over", "finished")),
         step_budget=None if math.isnan(budget) else budget,
         algorithm=str(experiment.get("run", "")),
     )
@@ -430,14 +430,19 @@ def _source_names(
     origin = progressive.get("columns_from")
     if not origin:
         return ()
+    # A run copies the columns that it starts from into its own store, under "<store>:<task>".
+    copied = [
+        str(entry.get("task")).partition(":")[2] or str(entry.get("task"))
+        for entry in columns
+        if isinstance(entry.get("extra"), dict) and entry["extra"].get("source")
+    ]
+    if copied:
+        return tuple(copied)
     for folder in (Path(str(origin)), path / str(origin), path.parent / str(origin)):
         for file in (folder / MANIFEST_FILE, folder / "manifest.json"):
             if file.is_file():
                 return tuple(str(entry.get("task", f"column {i}")) for i, entry in enumerate(_read_manifest(file)))
-    # A run folder moved to another machine still holds a copy of the columns that it started from.
-    own = [task["name"] for task in experiment_tasks(path, experiment)]
-    copied = [str(entry.get("task")) for entry in columns if entry.get("task") not in own]
-    return tuple(copied) or (Path(str(origin)).name,)
+    return (Path(str(origin)).name,)
 
 
 def _read_manifest(file: Path) -> tuple[Mapping[str, Any], ...]:
@@ -450,13 +455,13 @@ def _read_manifest(file: Path) -> tuple[Mapping[str, Any], ...]:
 
 def _column_results(rows: Sequence[Mapping[str, Any]]) -> tuple[ColumnResult, ...]:
     """The last `columns/<task>/*` of each task. A task's name may hold slashes, a metric's does not."""
-    latest: dict[str, ColumnResult] = {}
+    latest: dict[str, ColumnResult] = {}  # NaN until a column is frozen
     for row in rows:
         for key, value in row.items():
             if key.startswith("columns/") and key.endswith("/frozen_episode_return_mean"):
                 task = key.removeprefix("columns/").removesuffix("/frozen_episode_return_mean")
                 later = number(row.get(f"columns/{task}/episode_return_mean"))
-                if not math.isnan(later):
+                if not (math.isnan(later) or math.isnan(number(value))):
                     steps = number(row.get("num_env_steps_sampled_lifetime"))
                     latest[task] = ColumnResult(task, steps, number(value), later)
     return tuple(latest.values())
