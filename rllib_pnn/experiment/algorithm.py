@@ -32,6 +32,9 @@ from rllib_pnn.experiment.spec import SECTIONS, Experiment, Plan
 
 AUTO = "auto"
 
+# Of every EnvRunner's CPU, what the main process takes on a small cluster. It can't take none: RLlib counts on its bundle.
+MAIN_SHARE = 0.1
+
 # Algorithms beyond RLlib's registry: where their `Algorithm` is.
 OWN_ALGORITHMS = {"A3C": ("rllib_pnn.training.a3c", "A3C")}
 
@@ -180,7 +183,7 @@ def check_fits(plan: Plan, config: AlgorithmConfig, cluster: Cluster) -> None:
         asked = [bundle.get(resource, 0.0) for bundle in request.bundles]
         total, largest = sum(asked), max(asked, default=0.0)
         has, has_largest = cluster.total(resource), cluster.largest(resource)
-        if total > has or largest > has_largest:
+        if total > has + 1e-6 or largest > has_largest + 1e-6:
             what = f"{resource}s" if resource in ("CPU", "GPU") else f"of '{resource}'"
             parts = f"{config.num_env_runners} env runners x {config.num_cpus_per_env_runner:g}"
             if config.num_learners:
@@ -318,33 +321,38 @@ def _refuse_code(plan: Plan, experiment: Experiment) -> None:
 def _resolve_auto(plan: Plan, experiment: Experiment, config: AlgorithmConfig, cluster: Cluster, num_runs: int) -> None:
     """As many EnvRunners as the cluster carries beside the learners.
 
-    A few cores are all given to EnvRunners: the process that learns is idle while they sample, and they while it learns (PPO), or
-    it takes what they leave (the asynchronous ones), which measured fastest on 2 cores. From 5 cores a run upwards one is kept for
-    it. Several runs go side by side if each can have 4 cores, else one after the other.
+    Up to 4 cores a run are all given to EnvRunners, and the main process, which learns, takes a tenth of each: it is idle while
+    they sample and they while it learns (PPO), or it takes what they leave (the asynchronous ones), which measured fastest on
+    2 cores. With more, one core is kept for it. Several runs go side by side if each can have 4 cores, else one after the other.
     """
-    per_runner = config.num_cpus_per_env_runner
     cpus = cluster.total("CPU")
     side_by_side = max(1, min(num_runs, int(cpus // 4)))
     share = cpus / side_by_side
-    if "num_cpus_for_main_process" not in experiment.config:
-        config.resources(num_cpus_for_main_process=1 if share > 4 else 0)
-    if config.num_learners == 0 and config.num_cpus_per_learner == AUTO:
-        # A local learner runs in the main process, which has its CPU already.
-        config.learners(num_cpus_per_learner=0)
-    probe = config.copy(copy_frozen=False).env_runners(num_env_runners=1)  # Tune refuses a request for nothing at all
-    probe.experimental(_validate_config=False)
-    assert probe.algo_class is not None
-    taken = probe.algo_class.default_resource_request(probe).required_resources.get("CPU", 0.0) - per_runner
+    given = experiment.config.keys() & {"num_cpus_for_main_process", "num_cpus_per_env_runner"}
+    per_runner = config.num_cpus_per_env_runner
     if per_runner <= 0:
         raise plan.error(("config", "num_cpus_per_env_runner"), "num_env_runners: auto needs a number above 0")
+    if config.num_learners == 0 and config.num_cpus_per_learner == AUTO:
+        config.learners(num_cpus_per_learner=0)  # a local learner runs in the main process and shares its CPU
+
+    # Tune refuses a request for nothing at all, so ask with one EnvRunner and take it away again.
+    probe = config.copy(copy_frozen=False).env_runners(num_env_runners=1).experimental(_validate_config=False)
+    assert probe.algo_class is not None
+    beside = probe.algo_class.default_resource_request(probe).required_resources.get("CPU", 0.0) - per_runner
+    shares_main = share <= 4 and not given
+    if shares_main:
+        beside -= config.num_cpus_for_main_process
     whole = sum(math.floor(node.get("CPU", 0.0) / per_runner) for node in cluster.nodes)
-    runners = min(math.floor((share - taken) / per_runner), whole // side_by_side)
+    runners = min(math.floor((share - beside) / per_runner), whole // side_by_side)
     if runners < 1:
         raise plan.error(
             ("config", "num_env_runners"),
-            f"auto finds no room: the cluster has {cpus:g} CPUs, learners and the main process ask for {taken:g} "
+            f"auto finds no room: the cluster has {cpus:g} CPUs, learners and the main process ask for {beside:g} "
             f"and one env runner for {per_runner:g}",
         )
+    if shares_main:
+        config.resources(num_cpus_for_main_process=round(MAIN_SHARE * runners, 3))  # type: ignore[arg-type]
+        config.env_runners(num_cpus_per_env_runner=1 - MAIN_SHARE)  # type: ignore[arg-type]
     config.env_runners(num_env_runners=runners)
 
 

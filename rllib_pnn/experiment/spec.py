@@ -239,6 +239,17 @@ class Plan:
             where = ("config", self._sections[str(where[1])], *where[1:])
         return self.source.error((*self.root, *where), message)
 
+    def progressive_error(self, error: Exception) -> InputError:
+        """A complaint of `make_progressive` (`tasks[2] ('h_flip'): ...`), told where in the file it belongs."""
+        message = " ".join(str(error).split()) or type(error).__name__
+        match = re.match(r"(\w+)(?:\[(\d+)\])?(?: \('[^']*'\))?(?:\.(\w+))?: ", message)
+        where: KeyPath = ("progressive",)
+        if match and match[1] in ProgressiveSpec.model_fields:
+            where += (match[1],) if match[2] is None else (match[1], int(match[2]))
+            where += (match[3],) if match[3] else ()
+            message = message[match.end() :]
+        return self.error(where, message)
+
 
 def load_plans(path: Path | str) -> list[Plan]:
     """Reads a tuned example: one `Plan` an experiment in the file.
