@@ -37,18 +37,18 @@ class LinearLateral(nn.Module):
         out: U, a bias-free map from all sources to this layer's pre-activation; None where an LSTM owns U.
     """
 
-    def __init__(self, source_widths: Sequence[int], out: nn.Module | None) -> None:
+    def __init__(self, source_widths: Sequence[int], out: nn.Conv2d | nn.Linear | None) -> None:
         super().__init__()
         self.out = out
         self.projected_width = sum(source_widths)
 
     def project(self, sources: Tensor) -> Tensor:
-        """(B, sum of source widths, ...) unchanged: eq. 1 has no V."""
-        return sources
+        """(B, sum of source widths, ...) unchanged (flattened for a dense U): eq. 1 has no V."""
+        return sources if isinstance(self.out, nn.Conv2d) else sources.flatten(1)
 
     def forward(self, sources: Tensor) -> Tensor:
         assert self.out is not None
-        return self.out(sources)
+        return self.out(self.project(sources))
 
 
 class Adapter(nn.Module):
@@ -66,7 +66,7 @@ class Adapter(nn.Module):
         self,
         source_widths: Sequence[int],
         width: int,
-        out: nn.Module | None,
+        out: nn.Conv2d | nn.Linear | None,
         *,
         scale: float,
         convolutional: bool,
@@ -94,7 +94,7 @@ class Adapter(nn.Module):
         if self.convolutional:
             # alpha * h costs a pass over all maps, alpha * V a few numbers: the same product.
             return F.conv2d(sources, layer.weight * scale.view(1, -1, 1, 1), layer.bias).relu_()
-        return F.linear(sources * scale, layer.weight, layer.bias).relu_()
+        return F.linear(sources.flatten(1) * scale, layer.weight, layer.bias).relu_()
 
     def forward(self, sources: Tensor) -> Tensor:
         assert self.out is not None

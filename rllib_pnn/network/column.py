@@ -8,10 +8,12 @@ Axes: B batch, T time, C channels or maps, H height, W width, A policy outputs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -117,8 +119,9 @@ class Column(nn.Module):
         source_shapes = [layer_shapes(s, layout.observation_shape) for s in layout.source_specs]
         self._state_widths = [layer.units for layer in spec.layers if isinstance(layer, LSTM)]
 
-        self.layers = nn.ModuleList()
-        self.laterals = nn.ModuleDict()  # keyed by layer number, "policy" and "value"
+        self.layers: list[nn.Conv2d | nn.Linear | nn.LSTM] = nn.ModuleList()  # type: ignore[assignment]
+        # Keyed by layer number, "policy" and "value".
+        self.laterals: dict[str, Lateral] = nn.ModuleDict()  # type: ignore[assignment]
         for number, layer in enumerate(spec.layers, start=1):
             below = shapes[number - 1]
             lateral = self._make_lateral(number, layer, below, [s[number - 1] for s in source_shapes])
@@ -177,8 +180,18 @@ class Column(nn.Module):
             return Adapter(widths, width, out, scale=self.layout.lateral_scale, convolutional=False)
         return LinearLateral(widths, out)
 
+    @classmethod
+    def initialised(cls, layout: ColumnLayout, input_scale: float, generator: torch.Generator) -> Column:
+        """A column with fresh parameters, drawn from `generator` alone; no global random state is read or moved."""
+        with torch.device("meta"):  # torch's own initialisation, which would draw from the global generator
+            column = cls(layout, input_scale)
+        column.to_empty(device="cpu")
+        with _one_thread():
+            column.reset_parameters(generator)
+        return column
+
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, generator: torch.Generator) -> None:
         """Orthogonal weights (gain sqrt 2; 0.01 for the policy head, 1 for the value head), zero biases.
 
         Laterals start with the gain of the layer they feed; alpha alone sets how loud they are at first.
@@ -188,23 +201,20 @@ class Column(nn.Module):
             nn.init.orthogonal_(weight, gain, generator=generator)
 
         gain = math.sqrt(2.0)
+        for name, parameter in self.named_parameters():
+            if "bias" in name:
+                parameter.zero_()
         for layer in self.layers:
             if isinstance(layer, nn.LSTM):
-                for name, parameter in layer.named_parameters():
-                    if "bias" in name:
-                        parameter.zero_()
-                    else:
-                        fill(parameter, 1.0)
+                for weight in (p for name, p in layer.named_parameters() if "weight" in name):
+                    fill(weight, 1.0)
             else:
                 fill(layer.weight, gain)
-                layer.bias.zero_()
         for head, head_gain in zip(HEADS, (0.01, 1.0), strict=True):
             fill(getattr(self, head).weight, head_gain)
-            getattr(self, head).bias.zero_()
         for key, lateral in self.laterals.items():
             if isinstance(lateral, Adapter):
                 fill(lateral.project_layer.weight, gain)
-                lateral.project_layer.bias.zero_()
                 lateral.scale.fill_(self.layout.lateral_scale)
             if lateral.out is not None:
                 fill(lateral.out.weight, {"policy": 0.01, "value": 1.0}.get(key, gain))
@@ -241,22 +251,20 @@ class Column(nn.Module):
         h = obs
         states: list[tuple[Tensor, Tensor]] = []
         for number, layer in enumerate(self.layers, start=1):
-            lateral = self.laterals[str(number)] if str(number) in self.laterals else None
-            source = sources[number - 1] if lateral is not None else None
+            lateral = self._lateral(str(number))
+            source = None if lateral is None else sources[number - 1]
             if isinstance(layer, nn.Conv2d):
-                weight = layer.weight * self.input_scale if number == 1 else layer.weight
-                pre = F.conv2d(h, weight, layer.bias, layer.stride, layer.padding)
+                pre = F.conv2d(h, self._weight(number, layer), layer.bias, layer.stride, layer.padding)
                 h = (pre if lateral is None else pre.add_(lateral(source))).relu_()
             elif isinstance(layer, nn.Linear):
-                weight = layer.weight * self.input_scale if number == 1 and self.input_scale != 1.0 else layer.weight
-                pre = F.linear(h.flatten(1), weight, layer.bias)
-                h = (pre if lateral is None else pre.add_(lateral(source.flatten(1)))).relu_()
+                pre = F.linear(h.flatten(1), self._weight(number, layer), layer.bias)
+                h = (pre if lateral is None else pre.add_(lateral(source))).relu_()
             else:
                 h = h.flatten(1)
                 if number == 1 and self.input_scale != 1.0:
                     h = h * self.input_scale
-                if lateral is not None:
-                    h = torch.cat([h, lateral.project(source.flatten(1))], dim=1)
+                if lateral is not None and source is not None:
+                    h = torch.cat([h, lateral.project(source)], dim=1)
                 if state is None or time_shape is None:
                     raise ValueError("a recurrent column needs obs of shape (B, T, ...) and a state; got none")
                 done = sum(n.shape[1] for n, _ in states)
@@ -279,14 +287,22 @@ class Column(nn.Module):
         for head in HEADS:
             out = getattr(self, head)(h)
             if head in self.laterals:
-                out = out.add_(self.laterals[head](sources[len(self.layers)].flatten(1)))
+                out = out.add_(self.laterals[head](sources[len(self.layers)]))
             outputs.append(out)
         return outputs[0], outputs[1].squeeze(1), state_out
+
+    def _lateral(self, key: str) -> Lateral | None:
+        return self.laterals[key] if key in self.laterals else None  # noqa: SIM401 (a ModuleDict has no get)
+
+    def _weight(self, number: int, layer: nn.Conv2d | nn.Linear) -> Tensor:
+        return layer.weight * self.input_scale if number == 1 and self.input_scale != 1.0 else layer.weight
 
     def freeze(self) -> str:
         """Ends training of this column for good and returns its fingerprint."""
         if self.fingerprint is None:
             self.requires_grad_(False)
+            # An optimizer that still holds these parameters would move them by a gradient left over.
+            self.zero_grad(set_to_none=True)
             self.trains = "none"
             self.fingerprint = self.compute_fingerprint()
         return self.fingerprint
@@ -316,7 +332,7 @@ class Column(nn.Module):
         """Raises `ValueError` if a frozen column's parameters are not those that were frozen."""
         if self.fingerprint is not None and (found := self.compute_fingerprint()) != self.fingerprint:
             raise ValueError(
-                f"a frozen column changed: its fingerprint was {self.fingerprint[:12]} when frozen and is {found[:12]} now"
+                f"a frozen column changed: its fingerprint was {self.fingerprint[:12]} when frozen, is {found[:12]} now"
             )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -329,7 +345,20 @@ class Column(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _make_layer(layer: Conv | Dense | LSTM, below: tuple[int, ...], lateral: Lateral | None) -> nn.Module:
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """QR decompositions round differently on more threads; a seed must give the same column on all of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _make_layer(
+    layer: Conv | Dense | LSTM, below: tuple[int, ...], lateral: Lateral | None
+) -> nn.Conv2d | nn.Linear | nn.LSTM:
     if isinstance(layer, Conv):
         return nn.Conv2d(below[0], layer.channels, layer.kernel, layer.stride, layer.padding)
     features = math.prod(below)
@@ -342,7 +371,10 @@ def _make_layer(layer: Conv | Dense | LSTM, below: tuple[int, ...], lateral: Lat
 def _run_lstm(
     layer: nn.LSTM, inputs: Tensor, state: tuple[Tensor, Tensor], resets: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """inputs (B, T, n), state each (B, H) -> outputs (B, T, H), state after T. Zeroes the state where `resets` (B, T)."""
+    """inputs (B, T, n), state each (B, H) -> outputs (B, T, H), state after T.
+
+    Zeroes a sequence's state before every step at which `resets` (B, T) is true.
+    """
     h, c = (part.unsqueeze(0).contiguous() for part in state)
     if resets is None or not bool(resets.any()):
         out, (h, c) = layer(inputs, (h, c))
@@ -351,7 +383,7 @@ def _run_lstm(
     cuts = [int(t) for t in resets.any(0).nonzero().flatten()]
     bounds = sorted({0, *cuts, inputs.shape[1]})
     outputs = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         keep = (~resets[:, start]).to(inputs.dtype).view(1, -1, 1)
         out, (h, c) = layer(inputs[:, start:end].contiguous(), (h * keep, c * keep))
         outputs.append(out)

@@ -34,7 +34,7 @@ class ProgressiveNetwork(nn.Module):
         lateral_scale: initial alpha of eq. 2; the paper takes 1, 0.1 or 0.01.
         lateral_heads: whether policy and value heads have laterals (Rusu et al. 2016: yes, 2017: no).
         input_scale: factor on observations; None means 1/255 for image shapes (bytes) and 1 for vectors.
-        seed: column k is initialised from (seed, k) alone: equal on every machine, whatever happened before.
+        seed: column k is initialised from (seed, k) alone: equal on all machines of a kind, whatever happened before.
 
     Raises:
         ValueError: with one line that names the argument.
@@ -81,7 +81,7 @@ class ProgressiveNetwork(nn.Module):
         self.lateral_heads = bool(lateral_heads)
         self.input_scale = float(input_scale) if input_scale is not None else (1 / 255 if len(shape) == 3 else 1.0)
         self.seed = int(seed)
-        self.columns = nn.ModuleList()
+        self.columns: list[Column] = nn.ModuleList()  # type: ignore[assignment]
 
     # -- growth --------------------------------------------------------------------------------------------------
 
@@ -115,11 +115,15 @@ class ProgressiveNetwork(nn.Module):
         """
         index = len(self.columns)
         if copy_of is not None:
+            if spec is not None or lateral is not None:
+                raise ValueError(
+                    "copy_of: a copy has the original's layers and laterals; give neither spec nor lateral"
+                )
             column = copy.deepcopy(self.columns[self._index(copy_of)])
             column.fingerprint = None
         else:
-            column = Column(self._next_layout(spec, lateral), self.input_scale)
-            column.reset_parameters(torch.Generator().manual_seed(_column_seed(self.seed, index)))
+            generator = torch.Generator().manual_seed(_column_seed(self.seed, index))
+            column = Column.initialised(self._next_layout(spec, lateral), self.input_scale, generator)
         column.set_trained_part(trains)
         column.to(self.device)
         self.freeze()
@@ -127,7 +131,7 @@ class ProgressiveNetwork(nn.Module):
         return index
 
     def append_column(self, column: Column) -> int:
-        """Appends a column that was built elsewhere (a store, a checkpoint); its layout must fit."""
+        """Freezes all columns and appends one that was built elsewhere (a store, a checkpoint); its layout must fit."""
         specs = tuple(c.layout.spec for c in self.columns)[: column.num_sources]
         layout = column.layout
         if (layout.observation_shape, layout.num_outputs) != (self.observation_shape, self.num_outputs):
@@ -140,7 +144,9 @@ class ProgressiveNetwork(nn.Module):
                 f"column {len(self.columns)}: its laterals read {column.num_sources} columns "
                 f"{[s.name for s in layout.source_specs]}, the network has {[s.name for s in specs]}"
             )
-        self.columns.append(column.to(self.device))
+        column.to(self.device)
+        self.freeze()
+        self.columns.append(column)
         return len(self.columns) - 1
 
     def freeze(self) -> str | None:

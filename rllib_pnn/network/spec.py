@@ -7,18 +7,20 @@ themselves. Layers are numbered from 1 as in the paper: layer 1 reads the observ
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 # Far above any sensible column; a specification read from a stranger's file must not allocate the machine away.
 MAX_LAYERS = 64
 MAX_WIDTH = 65_536
+MAX_NAME = 200
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A 2-D convolution followed by ReLU: `channels` maps, a square `kernel`, its `stride` and zero `padding`, in pixels."""
+    """A 2-D convolution and ReLU: `channels` maps, a square `kernel`, its `stride` and zero `padding`, in pixels."""
 
     channels: int
     kernel: int
@@ -54,7 +56,6 @@ class LSTM:
 
 Layer = Conv | Dense | LSTM
 _LAYERS: dict[str, type[Layer]] = {"conv": Conv, "dense": Dense, "lstm": LSTM}
-_FIRST_FIELD = {"conv": "channels", "dense": "units", "lstm": "units"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class ColumnSpec:
             raise ValueError("column: a column needs at least one hidden layer, got an empty list")
         if len(self.layers) > MAX_LAYERS:
             raise ValueError(f"column: at most {MAX_LAYERS} layers, got {len(self.layers)}")
+        if len(self.name) > MAX_NAME:
+            raise ValueError(f"column: its name has at most {MAX_NAME} letters, got {len(self.name)}")
         seen_flat = False
         for number, layer in enumerate(self.layers, start=1):
             for field, value in asdict(layer).items():
@@ -84,7 +87,7 @@ class ColumnSpec:
                 if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_WIDTH:
                     raise ValueError(
                         f"column: layer {number}: {field} must be a whole number from {least} to {MAX_WIDTH}, "
-                        f"got {value!r}"
+                        f"got {_short(value)}"
                     )
             if isinstance(layer, Conv) and seen_flat:
                 raise ValueError(f"column: layer {number}: a conv layer can't stand above a dense or lstm layer")
@@ -113,14 +116,13 @@ class ColumnSpec:
             return value
         if isinstance(value, str):
             if value not in _PRESETS:
-                close = difflib.get_close_matches(value, _PRESETS, n=1)
-                mend = f"; did you mean '{close[0]}'?" if close else ""
-                raise ValueError(f"column: unknown preset '{value}', known are {', '.join(_PRESETS)}{mend}")
+                known = ", ".join(_PRESETS)
+                raise ValueError(f"column: unknown preset {_short(value)}, known are {known}{_mend(value, _PRESETS)}")
             return _PRESETS[value]
         if isinstance(value, Mapping):
             extra = set(value) - {"name", "layers"}
             if extra or "layers" not in value:
-                raise ValueError(f"column: expected a preset's name or a list of layers, got {dict(value)!r}")
+                raise ValueError(f"column: expected a preset's name or a list of layers, got {_short(dict(value))}")
             return cls(_parse_layers(value["layers"]), name=str(value.get("name", "custom")))
         return cls(_parse_layers(value))
 
@@ -131,31 +133,51 @@ class ColumnSpec:
 
 
 def _parse_layers(layers: Any) -> tuple[Layer, ...]:
-    if not isinstance(layers, Sequence) or isinstance(layers, str):
-        raise ValueError(f"column: expected a preset's name or a list of layers, got {layers!r}")
+    if not isinstance(layers, Sequence) or isinstance(layers, str | bytes):
+        raise ValueError(f"column: expected a preset's name or a list of layers, got {_short(layers)}")
+    if len(layers) > MAX_LAYERS:
+        raise ValueError(f"column: at most {MAX_LAYERS} layers, got {len(layers)}")
     return tuple(_parse_layer(number, layer) for number, layer in enumerate(layers, start=1))
 
 
 def _parse_layer(number: int, layer: Any) -> Layer:
     if isinstance(layer, Conv | Dense | LSTM):
         return layer
+    where = f"column: layer {number}"
     if not isinstance(layer, Mapping) or len(layer) != 1:
-        raise ValueError(f"column: layer {number}: expected one of conv, dense, lstm as a key, got {layer!r}")
+        raise ValueError(f"{where}: expected one of conv, dense, lstm as a key, got {_short(layer)}")
     kind, arguments = next(iter(layer.items()))
     if kind not in _LAYERS:
-        close = difflib.get_close_matches(str(kind), _LAYERS, n=1)
-        mend = f"; did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"column: layer {number}: unknown kind '{kind}', known are conv, dense, lstm{mend}")
-    if isinstance(arguments, int) and not isinstance(arguments, bool):
-        arguments = {_FIRST_FIELD[kind]: arguments}
-    try:
-        if isinstance(arguments, Mapping):
-            return _LAYERS[kind](**arguments)
-        if isinstance(arguments, Sequence) and not isinstance(arguments, str):
-            return _LAYERS[kind](*arguments)
-    except TypeError as error:
-        raise ValueError(f"column: layer {number}: {kind}: {str(error).removeprefix('Conv.')}") from None
-    raise ValueError(f"column: layer {number}: {kind}: expected numbers, got {arguments!r}")
+        raise ValueError(f"{where}: unknown kind {_short(kind)}, known are conv, dense, lstm{_mend(kind, _LAYERS)}")
+    known = fields(_LAYERS[kind])
+    names = [field.name for field in known]
+    if isinstance(arguments, int | float):
+        arguments = [arguments]
+    if isinstance(arguments, Sequence) and not isinstance(arguments, str | bytes):
+        if len(arguments) > len(names):
+            raise ValueError(
+                f"{where}: {kind}: at most {len(names)} numbers ({', '.join(names)}), got {len(arguments)}"
+            )
+        arguments = dict(zip(names, arguments, strict=False))
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{where}: {kind}: expected numbers, got {_short(arguments)}")
+    for name in arguments:
+        if name not in names:
+            mend = _mend(name, names)
+            raise ValueError(f"{where}: {kind}: unknown key {_short(name)}, known are {', '.join(names)}{mend}")
+    missing = [f.name for f in known if f.default is MISSING and f.name not in arguments]
+    if missing:
+        raise ValueError(f"{where}: {kind}: {' and '.join(missing)} missing; known are {', '.join(names)}")
+    return _LAYERS[kind](**arguments)
+
+
+def _mend(word: Any, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word)[:100], known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _short(value: Any) -> str:
+    return " ".join(reprlib.repr(value).split())
 
 
 _ATARI = (Conv(12, 8, 4), Conv(12, 4, 2), Conv(12, 3, 1), Dense(256))

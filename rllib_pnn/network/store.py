@@ -14,7 +14,7 @@ import os
 import stat
 import struct
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,7 +26,7 @@ from rllib_pnn.network.column import Column, ColumnLayout
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.spec import ColumnSpec
 
-FORMAT = "rllib_pnn.columns/1"
+FORMAT: Final = "rllib_pnn.columns/1"
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_COLUMN_BYTES = 4 * 2**30
@@ -177,7 +177,7 @@ class ColumnStore:
             file=f"column_{index:03d}.safetensors",
             fingerprint=column.fingerprint,
             spec=layout.spec.to_json(),
-            lateral=layout.lateral,
+            lateral=layout.lateral,  # type: ignore[arg-type]
             lateral_heads=layout.lateral_heads,
             lateral_scale=layout.lateral_scale,
             num_sources=column.num_sources,
@@ -231,7 +231,8 @@ class ColumnStore:
         path = self.path / entry.file
         if entry.num_sources > index:
             raise ColumnStoreError(
-                f"{self.path / MANIFEST}: columns.{index}.num_sources: expected at most {index}, got {entry.num_sources}"
+                f"{self.path / MANIFEST}: columns.{index}.num_sources: "
+                f"expected at most {index}, got {entry.num_sources}"
             )
         try:
             layout = ColumnLayout(
