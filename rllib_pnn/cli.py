@@ -66,7 +66,7 @@ def train(
     path = _file_argument(words or [], file)
     if (path is None) == (resume is None):
         raise InputError("rllib train: expected a tuned example (-f FILE) or --resume RUN" + (", not both" if path else ""))
-    console = Console(highlight=False)
+    console = _console()
     if resume is not None:
         find_runs(resume)
         prepare_ray(verbose=verbose)
@@ -117,8 +117,8 @@ def evaluate(
     network = store.load()
     register()
 
-    console = Console(highlight=False)
-    table = _table(console, "task", "column", "episodes", "return", "+-", "shortest", "longest", "at freezing")
+    console = _console()
+    table = _table("task", "column", "episodes", "return", "+-", "shortest", "longest", "at freezing")
     for name in chosen:
         index = own[name] if column is None else column % len(entries)
         env_config = {**experiment.config.get("env_config", {}), **tasks[name].env_config}
@@ -145,20 +145,20 @@ def evaluate(
             str(max(played.lengths)),
             "-" if score is None else f"{score:.2f}",
         )
-    _print(console, table)
+    console.print(table)
 
 
 @app.command()
 def columns(run: RunArgument) -> None:
     """List the stored columns and verify that each is what was frozen."""
-    console = Console(highlight=False)
+    console = _console()
     for folder, store in _stores(run):
         entries = store.entries
         store.verify()
         if not entries:
             raise InputError(f"{folder}: no column is frozen yet")
         console.print(f"{store.path}: {len(entries)} columns, fingerprints verified", markup=False, soft_wrap=True)
-        table = _table(console, "column", "task", "steps", "return at freezing", "environment", "fingerprint")
+        table = _table("column", "task", "steps", "return at freezing", "environment", "fingerprint")
         for index, entry in enumerate(entries):
             table.add_row(
                 str(index),
@@ -168,17 +168,17 @@ def columns(run: RunArgument) -> None:
                 " ".join([entry.env or "-", *(f"{key}={value}" for key, value in entry.env_config.items())]),
                 entry.fingerprint[:12],
             )
-        _print(console, table)
+        console.print(table)
 
 
 @example_app.command("list")
 def list_examples() -> None:
     """The names of the tuned examples, and what each shows."""
-    console = Console(highlight=False)
-    table = _table(console, "name", "shows")
+    console = _console()
+    table = _table("name", "shows")
     for name, text in _examples().items():
         table.add_row(name, text.splitlines()[0].lstrip("# ").rstrip("."))
-    _print(console, table)
+    console.print(table)
 
 
 @example_app.command("show")
@@ -282,7 +282,12 @@ def _stores(path: Path) -> list[tuple[Path, ColumnStore]]:
     return [(run.path, _store(run)) for run in find_runs(path)]
 
 
-def _table(console: Console, *headers: str) -> Table:
+def _console() -> Console:
+    """Standard output; wide lines where no terminal limits them."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _table(*headers: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for header in headers:
         table.add_column(
@@ -293,21 +298,16 @@ def _table(console: Console, *headers: str) -> Table:
     return table
 
 
-def _print(console: Console, table: Table) -> None:
-    """A table as wide as it wants to be where no terminal limits it."""
-    console.print(table, **({} if console.is_terminal else {"width": 200}))
-
-
 def _report(console: Console, outcomes: list[Outcome]) -> int:
     """What came of the experiments, what to do next, and the exit code."""
     code = DONE
     for outcome in outcomes:
         rows = _result_rows(outcome)
         if rows:
-            table = _table(console, "run", "task", "column", "steps", "return at freezing", "fingerprint")
+            table = _table("run", "task", "column", "steps", "return at freezing", "fingerprint")
             for row in rows:
                 table.add_row(*row)
-            _print(console, table)
+            console.print(table)
         run = outcome.runs[0].path if len(outcome.runs) == 1 else outcome.path
         shown = _relative(run)
         if outcome.stopped_by is not None:

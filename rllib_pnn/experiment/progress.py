@@ -34,7 +34,6 @@ class RunProgress:
         self.phase = "waiting"
         self.task: str | None = None
         self.task_index = 0
-        self.num_tasks = 0
         self.column: int | None = None
         self.steps = 0  # env steps on this task
         self.total_steps = 0
@@ -45,6 +44,7 @@ class RunProgress:
         self._clock = clock
         self._recent: deque[tuple[float, int]] = deque()
         tasks = experiment.progressive.tasks if experiment.progressive else []
+        self.num_tasks = len(tasks)
         self._budgets = [task.until.num_env_steps for task in tasks]
         self._targets = [task.until.episode_return_mean for task in tasks]
         stop = {METRIC_NAMES.get(metric, metric): value for metric, value in experiment.stop.items()}
@@ -68,7 +68,6 @@ class RunProgress:
         if progressive:
             self.task = str(progressive["task"])
             self.task_index = int(progressive["task_index"])
-            self.num_tasks = int(progressive["num_tasks"])
             self.column = int(progressive["column"])
             self.steps = int(progressive["task_env_steps"])
             self.episode_return = _number(progressive.get("episode_return_mean"))
@@ -82,6 +81,16 @@ class RunProgress:
             self._recent.popleft()
         over = bool(progressive and progressive.get("task_over")) or bool(result.get("done"))
         return over or (True, self.task_index) != before
+
+    def frozen(self, result: Mapping[str, Any]) -> str | None:
+        """A line about the column that was frozen in this result; None if none was."""
+        if not (result.get("progressive") or {}).get("task_over"):
+            return None
+        score = ((result.get("columns") or {}).get(self.task) or {}).get("frozen_episode_return_mean")
+        return (
+            f"{self.name}: task {self.task_index + 1}/{self.num_tasks} {self.task} is over after {self.steps:,} steps; "
+            f"column {self.column} is frozen and returns {_return(_number(score))}"
+        )
 
     @property
     def budget(self) -> int | None:

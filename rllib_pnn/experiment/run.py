@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import signal
 import threading
@@ -192,6 +193,7 @@ def _run(
     assert config.algo_class is not None
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopSignal(display))
+        stack.enter_context(_RayWatch(display, stop, path))
         tuner = Tuner(
             config.algo_class,
             tune_config=TuneConfig(
@@ -317,6 +319,35 @@ class _StopSignal:
         self._display.say("Stopping: each run ends its iteration and writes a checkpoint (once more to stop without).")
 
 
+class _RayWatch:
+    """Ends this process if the Ray that it started dies (killed with the whole process group, out of memory).
+
+    Ray would print its own obituary a minute later and leave no word of how to go on.
+    """
+
+    def __init__(self, display: Display, stop: _StopSignal, path: Path) -> None:
+        self._display = display
+        self._stop = stop
+        self._path = path
+        self._over = threading.Event()
+        self._node = getattr(ray._private.worker, "_global_node", None)
+
+    def __enter__(self) -> None:
+        if self._node is not None:
+            threading.Thread(target=self._watch, name="ray-watch", daemon=True).start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(1.0):
+            dead = [name for name, _ in self._node.dead_processes()]
+            if dead and not self._over.wait(1.0):
+                self._display.__exit__()
+                self._display.say(f"Ray died ({', '.join(dead)}). Go on with:  rllib train --resume {self._path}")
+                os._exit(1 if self._stop.signal is None else 128 + self._stop.signal)
+
+
 class _StoppableScheduler(FIFOScheduler):
     """Runs trials in order. Starts one from its last checkpoint if it has one, and pauses all once a signal came.
 
@@ -380,6 +411,7 @@ class _RunFolderCallback(Callback):
         self._every_s = every_s
         self._logs: dict[str, ResultLog] = {}
         self._last_checkpoint: dict[str, float] = {}
+        self._start_next()
 
     @override(Callback)
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -408,6 +440,9 @@ class _RunFolderCallback(Callback):
         row = {key: value for key, value in flat.items() if isinstance(value, str | int | float) or hasattr(value, "item")}
         self._logs[name].append(json.dumps(kept, cls=SafeFallbackEncoder), row)
         now = self._progress[name].update(result)
+        frozen = self._progress[name].frozen(result)
+        if frozen:
+            self._display.say(frozen)
         if self._every_s and time.monotonic() - self._last_checkpoint[name] >= self._every_s:
             result[SHOULD_CHECKPOINT] = True
         self._display.changed(self._progress[name], now=now)
@@ -431,6 +466,7 @@ class _RunFolderCallback(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._folders[str(trial)].set_status("finished")
         self._progress[str(trial)].phase = "finished"
+        self._start_next()
 
     @override(Callback)
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -442,6 +478,7 @@ class _RunFolderCallback(Callback):
         self._keep_error(trial)
         self._folders[str(trial)].set_status("failed")
         self._progress[str(trial)].phase = "failed"
+        self._start_next()
         self._display.say(f"{trial}: failed: {_reason(trial)}")
 
     @override(Callback)
@@ -449,6 +486,12 @@ class _RunFolderCallback(Callback):
         for name in self._logs:
             if self._folders[name].state.status == "running":
                 self._folders[name].set_status("stopped")
+
+    def _start_next(self) -> None:
+        """Tune starts runs in order and tells only when one has started, seconds later."""
+        waiting = [run for run in self._display.runs if run.phase == "waiting"]
+        if waiting:
+            waiting[0].phase = "starting"
 
     def _keep_error(self, trial: Trial) -> None:
         if trial.error_file and Path(trial.error_file).is_file():
