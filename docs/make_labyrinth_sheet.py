@@ -45,9 +45,7 @@ def main() -> None:
     print(arguments.out)
 
 
-def first_frame(
-    level: Level, seed: int
-) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float], list[Item]]:
+def first_frame(level: Level, seed: int) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float], list[Item]]:
     """An episode's start: the large frame, the observation, where the player stands, what lies there."""
     painter = Engine(level, RENDER_SIZE, track_items=True)
     painter.new_episode(seed)

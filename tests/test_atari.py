@@ -92,9 +92,7 @@ def test_a_seed_names_the_same_episodes_in_another_process():
     )
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     env = {**os.environ, "PYTHONPATH": root, "PYTHONHASHSEED": "1"}
-    output = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True
-    )
+    output = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
     here = [digest(AtariGameVectorEnv(2, **STICKY), seed=seed) for seed in (3, 4)]
     assert output.stdout.split() == here
 

@@ -60,9 +60,7 @@ class ScriptedVectorEnv(gym.vector.VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.same_step = autoreset == "same_step"
-        self.metadata = {
-            "autoreset_mode": AutoresetMode.SAME_STEP if self.same_step else AutoresetMode.NEXT_STEP
-        }
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP if self.same_step else AutoresetMode.NEXT_STEP}
         self.fails_at = fails_at
         self.reused = self.observation_space.sample() if reuses_arrays else None
         self.longest = longest
@@ -93,9 +91,7 @@ class ScriptedVectorEnv(gym.vector.VectorEnv):
         kinds = np.where(self.resetting, "reset", "step")
         flat = np.asarray(actions, np.float64).reshape(self.num_envs, -1).sum(1)
         rewards = np.where(self.resetting, 0.0, flat + self.random.random(self.num_envs))
-        self.left = np.where(
-            self.resetting, self.random.integers(1, self.longest + 1, self.num_envs), self.left - 1
-        )
+        self.left = np.where(self.resetting, self.random.integers(1, self.longest + 1, self.num_envs), self.left - 1)
         done = ~self.resetting & (self.left == 0)
         terminated = done & (self.random.random(self.num_envs) < 0.5)
         if self.same_step:
@@ -122,9 +118,7 @@ class RecordingCallback(RLlibCallback):
         self.calls.append(("created", env_index, len(episode), episode.is_reset))
 
     def on_episode_start(self, *, episode, env_index, metrics_logger, **kwargs):
-        self.calls.append(
-            ("start", env_index, np.asarray(episode.get_observations(-1)).sum(), episode.get_infos(-1))
-        )
+        self.calls.append(("start", env_index, np.asarray(episode.get_observations(-1)).sum(), episode.get_infos(-1)))
         metrics_logger.log_value("starts", 1, reduce="sum")
 
     def on_episode_end(self, *, episode, env_index, prev_episode_chunks, **kwargs):
@@ -200,9 +194,7 @@ def config_for(env=None, *, stateful=False, num_envs=3, **env_runner_settings):
             rollout_fragment_length=7,
             **env_runner_settings,
         )
-        .rl_module(
-            rl_module_spec=RLModuleSpec(module_class=LinearModule, model_config={"stateful": stateful})
-        )
+        .rl_module(rl_module_spec=RLModuleSpec(module_class=LinearModule, model_config={"stateful": stateful}))
         .debugging(seed=3)
     )
 
@@ -346,17 +338,13 @@ def test_box_actions_reach_the_environment_within_its_bounds(normalize, clip):
 def test_recurrent_modules(autoreset, explore):
     config = config_for({"autoreset": autoreset}, stateful=True, explore=explore)
     _, samples, _ = assert_same(config, TWICE)
-    assert any(
-        e.get_extra_model_outputs(Columns.STATE_OUT)["c"][-1, 0] > 1 for s in samples for e in s if len(e)
-    )
+    assert any(e.get_extra_model_outputs(Columns.STATE_OUT)["c"][-1, 0] > 1 for s in samples for e in s if len(e))
 
 
 def test_stock_recurrent_module():
     config = config_for()
     config._rl_module_spec = None
-    config.rl_module(
-        model_config=DefaultModelConfig(use_lstm=True, lstm_cell_size=8, max_seq_len=5, fcnet_hiddens=[8])
-    )
+    config.rl_module(model_config=DefaultModelConfig(use_lstm=True, lstm_cell_size=8, max_seq_len=5, fcnet_hiddens=[8]))
     assert_same(config, TWICE)
 
 

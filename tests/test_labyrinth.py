@@ -165,9 +165,7 @@ def test_each_item_counts_for_its_side(kind: str) -> None:
 # --- The file of levels ---------------------------------------------------------------------------
 
 
-def test_level_file_is_the_same_everywhere_and_written_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_level_file_is_the_same_everywhere_and_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "from rllib_pnn.envs import labyrinth_levels as l; print(l.level_file())"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
     processes = [

@@ -69,9 +69,7 @@ class LabyrinthEnv(gym.Env[np.ndarray, np.int64]):
         _check_at_least(1, "frame_skip", frame_skip)
         _check_at_least(1, "size", size)
         if not 0 < episode_seconds < math.inf:
-            raise ValueError(
-                f"episode_seconds: expected a finite number of seconds above 0, got {episode_seconds!r}"
-            )
+            raise ValueError(f"episode_seconds: expected a finite number of seconds above 0, got {episode_seconds!r}")
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode: expected None or 'rgb_array', got {render_mode!r}")
         self.frame_skip = frame_skip
@@ -177,9 +175,7 @@ class LabyrinthVectorEnv(VectorEnv):
     ) -> None:
         _check_at_least(1, "num_envs", num_envs)
         self.num_envs = num_envs
-        self.envs = [
-            LabyrinthEnv(level, frame_skip, episode_seconds, size, render_mode) for _ in range(num_envs)
-        ]
+        self.envs = [LabyrinthEnv(level, frame_skip, episode_seconds, size, render_mode) for _ in range(num_envs)]
         self.render_mode = render_mode
         self.autoreset_mode = AutoresetMode.NEXT_STEP
         self.metadata = {**self.envs[0].metadata, "autoreset_mode": self.autoreset_mode}
@@ -212,14 +208,10 @@ class LabyrinthVectorEnv(VectorEnv):
         else:
             seeds = seed
         if len(seeds) != self.num_envs:
-            raise ValueError(
-                f"seed: expected one for each of {self.num_envs} sub-environments, got {len(seeds)}"
-            )
+            raise ValueError(f"seed: expected one for each of {self.num_envs} sub-environments, got {len(seeds)}")
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, np.bool_))
         if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (self.num_envs,):
-            raise ValueError(
-                f"options['reset_mask']: expected a bool array of shape ({self.num_envs},), got {mask!r}"
-            )
+            raise ValueError(f"options['reset_mask']: expected a bool array of shape ({self.num_envs},), got {mask!r}")
         observations = self._observations.copy()
 
         def reset_one(i: int) -> None:
@@ -242,9 +234,7 @@ class LabyrinthVectorEnv(VectorEnv):
             truncations (num_envs,) bool, and infos: arrays (num_envs,) with gymnasium's masks.
         """
         if len(actions) != self.num_envs:
-            raise ValueError(
-                f"actions: expected one for each of {self.num_envs} sub-environments, got {len(actions)}"
-            )
+            raise ValueError(f"actions: expected one for each of {self.num_envs} sub-environments, got {len(actions)}")
         observations = np.empty_like(self._observations)
         rewards = np.zeros(self.num_envs, np.float64)
         terminations = np.zeros(self.num_envs, np.bool_)
@@ -254,9 +244,7 @@ class LabyrinthVectorEnv(VectorEnv):
             if self._over[i]:
                 observations[i], _ = self.envs[i].reset()
             else:
-                observations[i], rewards[i], terminations[i], truncations[i], _ = self.envs[i].step(
-                    actions[i]
-                )
+                observations[i], rewards[i], terminations[i], truncations[i], _ = self.envs[i].step(actions[i])
 
         self._run(step_one, range(self.num_envs))
         self._over = terminations | truncations

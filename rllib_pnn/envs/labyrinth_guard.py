@@ -103,11 +103,7 @@ def _engines_in(folder: Path) -> Iterator[tuple[int, str]]:
         except OSError:
             continue  # ended meanwhile
         if any(argument.startswith(inside) for argument in arguments):
-            at = (
-                arguments.index(b"+viz_instance_id") + 1
-                if b"+viz_instance_id" in arguments
-                else len(arguments)
-            )
+            at = arguments.index(b"+viz_instance_id") + 1 if b"+viz_instance_id" in arguments else len(arguments)
             yield pid, arguments[at].decode() if at < len(arguments) else ""
 
 
