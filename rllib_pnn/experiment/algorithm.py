@@ -257,6 +257,8 @@ def _checked(plan: Plan, where: KeyPath, value: Any, parameter: _Parameter) -> A
     annotation, is_callback = parameter.annotation, parameter.section == "callbacks"
     if key.startswith(("num_cpus_", "num_gpus_")) and annotation == typing.Optional[int]:  # noqa: UP045  RLlib's own spelling
         annotation = float | None  # RLlib takes fractions of a CPU, whatever it says
+    if key == "entropy_coeff" and isinstance(value, list):
+        annotation = list[list[int | float]]  # a schedule, which RLlib's Learners take although it says float
     if is_callback or _holds_code(annotation):
         raise plan.error(where, "takes a class or a function, which a tuned example can't hold; set it from Python")
     adapter = _adapter(annotation)
