@@ -19,7 +19,6 @@ import ray
 from pyarrow.fs import FileSelector, FileType, LocalFileSystem, copy_files
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
-from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.annotations import override
@@ -59,6 +58,7 @@ class ProgressiveCallback(RLlibCallback):
     def __init__(self) -> None:
         super().__init__()
         self._ready = False
+        self._last_progress: dict[str, Any] = {}
         self._scores: dict[str, dict[str, Any]] = {}
         self._returns: deque[float] = deque(maxlen=1)
 
@@ -104,6 +104,7 @@ class ProgressiveCallback(RLlibCallback):
 
     @override(RLlibCallback)
     def on_train_result(self, *, algorithm: Algorithm, result: dict[str, Any], **kwargs: Any) -> None:
+        self._ready = self._ready and self._progress(algorithm) == self._last_progress
         self._catch_up(algorithm)
         progress = self._progress(algorithm)
         task = self._tasks[progress["task_index"]]
@@ -121,6 +122,7 @@ class ProgressiveCallback(RLlibCallback):
             progress = self._end_task(algorithm, progress, steps, total_steps)
             self._returns.clear()
             result[SHOULD_CHECKPOINT] = True
+        self._last_progress = progress
         if progress["finished"]:
             result[DONE] = True
         # Keys are there from the first result on: Tune's CSV logger takes its columns from it.
@@ -268,13 +270,12 @@ class ProgressiveCallback(RLlibCallback):
     ) -> None:
         """The Learner's state to all EnvRunners, waited for."""
         state = _on_learners(algorithm, lambda learner: learner.progressive_module.get_state(inference_only=True))[0]
-        # No WEIGHTS_SEQ_NO: an unconditional update.
-        payload = {"rl_module": {DEFAULT_MODULE_ID: state}}
+        reference = ray.put(state)
         groups = [group] if group is not None else [algorithm.env_runner_group, algorithm.eval_env_runner_group]
         for each in groups:
             if each is not None:
                 each.foreach_env_runner(
-                    lambda runner, p=payload: runner.set_state(p),
+                    lambda runner, r=reference: runner.follow(ray.get(r)),
                     remote_worker_ids=indices,
                     local_env_runner=indices is None and each.local_env_runner is not None,
                 )

@@ -150,12 +150,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
             )
 
         # Without a cached batch, an error ended the previous call halfway.
-        if (
-            force_reset
-            or num_episodes is not None
-            or self._needs_initial_reset
-            or self._cached_to_module is None
-        ):
+        if force_reset or num_episodes is not None or self._needs_initial_reset or self._cached_to_module is None:
             self._reset_envs_and_episodes(explore)
         if num_episodes is not None:
             self._needs_initial_reset = True
@@ -229,9 +224,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
                     self._make_on_episode_callback("on_episode_end", index, self._ongoing_episodes)
                     done_episodes.append(
                         # A callback may have changed what it was given.
-                        self._ongoing_episodes[index].to_numpy()
-                        if lists_at_end
-                        else rollout.finish_episode(index)
+                        self._ongoing_episodes[index].to_numpy() if lists_at_end else rollout.finish_episode(index)
                     )
                     self._new_episode(index, self._ongoing_episodes)
                     rollout.forget_episode(index)
@@ -277,8 +270,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
                     num_env_runners = self.config.num_env_runners or 1
                     outputs = self.module.forward_exploration(
                         to_module,
-                        t=(self.num_env_steps_sampled_lifetime // num_env_runners + num_steps)
-                        * num_env_runners,
+                        t=(self.num_env_steps_sampled_lifetime // num_env_runners + num_steps) * num_env_runners,
                     )
                 else:
                     outputs = self.module.forward_inference(to_module)
@@ -327,9 +319,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
                 "from its forward methods."
             )
         if explore:
-            distribution = module.get_exploration_action_dist_cls().from_logits(
-                outputs[Columns.ACTION_DIST_INPUTS]
-            )
+            distribution = module.get_exploration_action_dist_cls().from_logits(outputs[Columns.ACTION_DIST_INPUTS])
         else:
             distribution = (
                 module.get_inference_action_dist_cls()
@@ -380,9 +370,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
                 continue
             chunk.validate()
             rollout.finish_episode(index)
-            self._ongoing_episodes_for_metrics[chunk.id_].append(
-                chunk if keep_whole else _ChunkForMetrics(chunk)
-            )
+            self._ongoing_episodes_for_metrics[chunk.id_].append(chunk if keep_whole else _ChunkForMetrics(chunk))
             to_return.append(chunk)
         return to_return
 
@@ -541,9 +529,7 @@ class _Rollout:
         for key, values in outputs.items():
             if key not in self._outputs:
                 buffers = [e.extra_model_outputs.get(key) for e in self._episodes]
-                self._outputs[key] = _Column(
-                    [[] if b is None else b.data for b in buffers], now, self._num_rows
-                )
+                self._outputs[key] = _Column([[] if b is None else b.data for b in buffers], now, self._num_rows)
             self._outputs[key].write(now, values)
         self._observations.write(now + 1, observations)
         self._infos.append(infos)
@@ -560,9 +546,7 @@ class _Rollout:
 
     def done_now(self) -> list[int]:
         """The environments whose episode the last step ended."""
-        return [
-            int(n) for n in np.flatnonzero(self._terminateds | self._truncateds) if n not in self._just_reset
-        ]
+        return [int(n) for n in np.flatnonzero(self._terminateds | self._truncateds) if n not in self._just_reset]
 
     def fill_episode(self, index: int) -> None:
         """Puts what was collected into the episode as lists of single steps, as the parent's loop would

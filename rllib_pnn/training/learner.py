@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import queue
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +23,7 @@ from ray.rllib.core.learner.learner import Learner
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchDDPRLModule
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from ray.rllib.utils.typing import EpisodeType, StateDict
@@ -28,15 +31,29 @@ from ray.rllib.utils.typing import EpisodeType, StateDict
 from rllib_pnn.network.memory import keep_freed_memory
 from rllib_pnn.training.rl_module import ProgressiveRLModule
 
-TASK_INDEX = "task_index"  # batch column and key of an episode's custom_data: the task that a step was played on
+TASK_INDEX = "task_index"  # batch column: the task that a row was played on
 NUM_ENV_STEPS_DROPPED = "num_env_steps_of_old_task_dropped_lifetime"
 
 
-class AddTaskIndex(ConnectorV2):
-    """Learner connector: notes for every row of a batch which task it was played on.
+def note_task(episode: SingleAgentEpisode, task_index: int) -> None:
+    """Writes into an episode which task it was played on.
 
-    Reads what the task-aware EnvRunner wrote into each episode's `custom_data`; stands at the pipeline's end, where
-    the batch is complete.
+    Into its id, the one thing that RLlib keeps when it cuts, slices and shards episodes.
+    """
+    if task_of(episode) is None:
+        episode.id_ = f"task-{task_index}/{episode.id_}"
+
+
+def task_of(episode: SingleAgentEpisode) -> int | None:
+    """The task that `note_task` wrote; None if it was never called."""
+    head, _, rest = str(episode.id_).partition("/")
+    return int(head.removeprefix("task-")) if rest and head.startswith("task-") else None
+
+
+class AddTaskIndex(ConnectorV2):
+    """Learner connector: notes for every row of a batch which task it was played on (see `note_task`).
+
+    Stands at the pipeline's end, where the batch is complete.
     """
 
     @override(ConnectorV2)
@@ -50,10 +67,11 @@ class AddTaskIndex(ConnectorV2):
         shared_data: dict | None = None,
         **kwargs: Any,
     ) -> Any:
-        indices = {episode.custom_data.get(TASK_INDEX, 0) for episode in episodes}
+        indices = {task_of(episode) for episode in episodes}
         # One number serves the whole batch: rows of two tasks in one batch happen only around a switch, and such a
-        # batch is not learned from at all (-1).
-        value = indices.pop() if len(indices) == 1 else -1
+        # batch is not learned from at all (-1), nor is one that no task-aware EnvRunner sampled.
+        index = indices.pop() if len(indices) == 1 else None
+        value = -1 if index is None else index
         for module_batch in batch.values():
             rows = len(next(iter(module_batch.values()))) if module_batch else 0
             module_batch[TASK_INDEX] = torch.full((rows,), value, dtype=torch.int32)
@@ -105,6 +123,7 @@ class ProgressiveLearnerMixin(Learner):
 
     def _rebuild_optimizer(self) -> None:
         """Forgets the old optimizer and registers one for what trains now, if that changed."""
+        self._forget_broadcasts()
         module = self.module[DEFAULT_MODULE_ID]
         trainable = self.get_parameters(module.unwrapped())
         held = [p for params in self._optimizer_parameters.values() for p in params]
@@ -127,6 +146,13 @@ class ProgressiveLearnerMixin(Learner):
         self.configure_optimizers_for_module(
             module_id=DEFAULT_MODULE_ID, config=self.config.get_config_for_module(DEFAULT_MODULE_ID)
         )
+
+    def _forget_broadcasts(self) -> None:
+        """Weights that IMPALA's Learner thread left for the next broadcast may be those of an earlier task."""
+        if hasattr(self, "_learner_state_queue"):
+            with self._learner_state_lock, contextlib.suppress(queue.Empty):
+                self._learner_state = None
+                self._learner_state_queue.get_nowait()
 
     # -- updates -------------------------------------------------------------------------------------------------
 
