@@ -48,9 +48,7 @@ class ScriptedVectorEnv(gym.vector.VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.same_step = autoreset == "same_step"
-        self.metadata = {
-            "autoreset_mode": AutoresetMode.SAME_STEP if self.same_step else AutoresetMode.NEXT_STEP
-        }
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP if self.same_step else AutoresetMode.NEXT_STEP}
         self.fails_at = fails_at
         self.reused = self.observation_space.sample() if reuses_arrays else None
         self.longest = longest
@@ -81,9 +79,7 @@ class ScriptedVectorEnv(gym.vector.VectorEnv):
         kinds = np.where(self.resetting, "reset", "step")
         flat = np.asarray(actions, np.float64).reshape(self.num_envs, -1).sum(1)
         rewards = np.where(self.resetting, 0.0, flat + self.random.random(self.num_envs))
-        self.left = np.where(
-            self.resetting, self.random.integers(1, self.longest + 1, self.num_envs), self.left - 1
-        )
+        self.left = np.where(self.resetting, self.random.integers(1, self.longest + 1, self.num_envs), self.left - 1)
         done = ~self.resetting & (self.left == 0)
         terminated = done & (self.random.random(self.num_envs) < 0.5)
         if self.same_step:
@@ -93,7 +89,7 @@ class ScriptedVectorEnv(gym.vector.VectorEnv):
         return self._observe(), rewards, terminated, done & ~terminated, {"kind": kinds, "reward": rewards}
 
 
-class LinearModule(TorchRLModule):
+class LinearModule(TorchRLModule, ValueFunctionAPI):
     """Any spaces, extra outputs and, if told so, a state."""
 
     def setup(self):
@@ -105,6 +101,7 @@ class LinearModule(TorchRLModule):
         else:
             num_outputs = int(space.nvec.sum() if isinstance(space, gym.spaces.MultiDiscrete) else space.n)
         self.layer = torch.nn.Linear(size, num_outputs)
+        self.value = torch.nn.Linear(size, 1)
         if isinstance(space, gym.spaces.MultiDiscrete):
             self.action_dist_cls = TorchMultiCategorical.get_partial_dist_cls(input_lens=list(space.nvec))
 
@@ -115,10 +112,7 @@ class LinearModule(TorchRLModule):
         return {"h": torch.full((2,), 0.5), "c": torch.zeros(1)} if self.stateful else {}
 
     def _forward(self, batch, t=0, **kwargs):
-        obs = batch[Columns.OBS]
-        leaves = list(obs.values()) if isinstance(obs, dict) else [obs]
-        lead = 2 if self.stateful else 1
-        x = torch.cat([o.float().reshape(*o.shape[:lead], -1) for o in leaves], -1)
+        x = self._flat(batch)
         logits = self.layer(x / 10)
         out = {Columns.VF_PREDS: x.sum(-1) + t}
         if self.stateful:
@@ -131,15 +125,24 @@ class LinearModule(TorchRLModule):
         out[Columns.ACTION_DIST_INPUTS] = logits
         return out
 
+    def compute_values(self, batch, embeddings=None):
+        return self.value(self._flat(batch)).squeeze(-1)
+
+    def _flat(self, batch):
+        obs = batch[Columns.OBS]
+        leaves = list(obs.values()) if isinstance(obs, dict) else [obs]
+        lead = 2 if self.stateful else 1
+        return torch.cat([o.float().reshape(*o.shape[:lead], -1) for o in leaves], -1)
+
 
 def _leaves(space):
     return list(space.spaces.values()) if isinstance(space, gym.spaces.Dict) else [space]
 
 
-def config_for(env=None, *, stateful=False, num_envs=3, **env_runner_settings):
+def config_for(env=None, *, stateful=False, num_envs=3, config_class=PPOConfig, **env_runner_settings):
     env = env or {}
     return (
-        PPOConfig()
+        config_class()
         .environment(lambda context: ScriptedVectorEnv(context["num_envs"], **env))
         .env_runners(
             num_env_runners=0,
@@ -149,9 +152,9 @@ def config_for(env=None, *, stateful=False, num_envs=3, **env_runner_settings):
             **env_runner_settings,
         )
         .rl_module(
-            rl_module_spec=RLModuleSpec(module_class=LinearModule, model_config={"stateful": stateful})
+            rl_module_spec=RLModuleSpec(
+                module_class=LinearModule, model_config={"stateful": stateful, "max_seq_len": 4}
+            )
         )
         .debugging(seed=3)
     )
-
-

@@ -5,26 +5,20 @@ everything.
 import logging
 import pickle
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
-from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.connectors.env_to_module import MeanStdFilter
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
-from ray.rllib.core.rl_module.rl_module import RLModuleSpec
-from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
-
 from scripted_env import ACTIONS, OBSERVATIONS, config_for
 
 from rllib_pnn.training import env_runner as env_runner_module
 from rllib_pnn.training.env_runner import ArrayEnvRunner
+
 
 class RecordingCallback(RLlibCallback):
     """Notes every call, and marks and changes episodes as users' callbacks do."""
@@ -43,9 +37,7 @@ class RecordingCallback(RLlibCallback):
         self.calls.append(("created", env_index, len(episode), episode.is_reset))
 
     def on_episode_start(self, *, episode, env_index, metrics_logger, **kwargs):
-        self.calls.append(
-            ("start", env_index, np.asarray(episode.get_observations(-1)).sum(), episode.get_infos(-1))
-        )
+        self.calls.append(("start", env_index, np.asarray(episode.get_observations(-1)).sum(), episode.get_infos(-1)))
         metrics_logger.log_value("starts", 1, reduce="sum")
 
     def on_episode_end(self, *, episode, env_index, prev_episode_chunks, **kwargs):
@@ -203,17 +195,13 @@ def test_box_actions_reach_the_environment_within_its_bounds(normalize, clip):
 def test_recurrent_modules(autoreset, explore):
     config = config_for({"autoreset": autoreset}, stateful=True, explore=explore)
     _, samples, _ = assert_same(config, TWICE)
-    assert any(
-        e.get_extra_model_outputs(Columns.STATE_OUT)["c"][-1, 0] > 1 for s in samples for e in s if len(e)
-    )
+    assert any(e.get_extra_model_outputs(Columns.STATE_OUT)["c"][-1, 0] > 1 for s in samples for e in s if len(e))
 
 
 def test_stock_recurrent_module():
     config = config_for()
     config._rl_module_spec = None
-    config.rl_module(
-        model_config=DefaultModelConfig(use_lstm=True, lstm_cell_size=8, max_seq_len=5, fcnet_hiddens=[8])
-    )
+    config.rl_module(model_config=DefaultModelConfig(use_lstm=True, lstm_cell_size=8, max_seq_len=5, fcnet_hiddens=[8]))
     assert_same(config, TWICE)
 
 

@@ -1,7 +1,7 @@
 """From episodes to train batches with array operations: RLlib's Learner pipeline without its walk over single items.
 
-`use_array_pipeline(config)` gives PPO, APPO and IMPALA a pipeline that makes the batches that the stock one makes, column
-by column and row by row, but copies every observation once instead of three times, computes values in chunks
+`use_array_pipeline(config)` gives PPO, APPO and IMPALA a pipeline that makes the batches that the stock one makes,
+column by column and row by row, but copies every observation once instead of three times, computes values in chunks
 without a graph, and looks up frozen columns' activations once per observation for all epochs (`AddFrozenFeatures`).
 
 RLlib's own pieces stay in use where they are needed: for modules with a state (zero-padding), and around connectors
@@ -59,8 +59,8 @@ _ROWS_OF_EPISODES = "rows_of_episodes"  # key of `shared_data`; set if the batch
 def use_array_pipeline(config: AlgorithmConfig) -> AlgorithmConfig:
     """Makes a PPO, APPO or IMPALA config build its train batches from arrays; changes and returns `config`.
 
-    Works with any episodes and pays most with those of `ArrayEnvRunner`. Call it after `config.training(...)` or before:
-    settings are read when the Learner is built. A `learner_connector` that is set already keeps its place among
+    Works with any episodes and pays most with those of `ArrayEnvRunner`. Call it after `config.training(...)` or
+    before: settings are read when the Learner is built. A `learner_connector` that is set already keeps its place among
     RLlib's own connectors, which are then used instead of the array version.
 
     Raises:
@@ -78,7 +78,7 @@ def use_array_pipeline(config: AlgorithmConfig) -> AlgorithmConfig:
             "leave it True, or put `BatchEpisodes()` into your own pipeline"
         )
     config.learners(
-        learner_class=array_learner_class(config.learner_class),  # type: ignore[arg-type]
+        learner_class=array_learner_class(config.learner_class),
         learner_connector=_ArrayConnectors(config._learner_connector),
         add_default_connectors_to_learner_pipeline=False,
     )
@@ -90,8 +90,8 @@ class BatchEpisodes(ConnectorV2):
 
     Stands for RLlib's `AddOneTsToEpisodesAndTruncate`, `AddObservationsFromEpisodesToBatch`,
     `AddColumnsFromEpisodesToTrainBatch` and `BatchIndividualItems`: every episode of length T gives T + 1 rows, the
-    last one a copy of its last step with the observation after it and a reward of 0, masked out of the loss, where the value
-    function bootstraps.
+    last one a copy of its last step with the observation after it and a reward of 0, masked out of the loss, where the
+    value function bootstraps.
 
     For a module with a state, or episodes or a batch that are no plain arrays, RLlib's pieces do the work.
     """
@@ -113,7 +113,7 @@ class BatchEpisodes(ConnectorV2):
     ) -> Any:
         shared_data = {} if shared_data is None else shared_data
         if not batch and _is_plain(rl_module) and _are_arrays(episodes):
-            columns, lengths = columns_of(episodes)  # type: ignore[arg-type]
+            columns, lengths = columns_of(episodes)
             shared_data[_ROWS_OF_EPISODES] = lengths
             shared_data["_added_loss_mask_for_valid_episode_ts"] = True
             return {DEFAULT_MODULE_ID: columns}
@@ -168,7 +168,9 @@ def _repeats(steps: np.ndarray) -> np.ndarray:
 
 def _concatenate(buffers: Sequence[InfiniteLookbackBuffer]) -> Any:
     """The buffers' data one after another, without what they look back on."""
-    structs = [b.data if b.lookback == 0 else tree.map_structure(lambda a, b=b: a[b.lookback :], b.data) for b in buffers]
+    structs = [
+        b.data if b.lookback == 0 else tree.map_structure(lambda a, b=b: a[b.lookback :], b.data) for b in buffers
+    ]
     if isinstance(structs[0], np.ndarray):
         return np.concatenate(structs)
     return tree.map_structure(lambda *arrays: np.concatenate(arrays), *structs)
@@ -182,8 +184,8 @@ class AddFrozenFeatures(ConnectorV2):
     """Learner connector: what frozen columns make of each observation, computed once for the whole train batch.
 
     Stands behind the conversion to tensors and before values are computed. Adds the columns of
-    `module.frozen_features(batch)` (see `ProgressiveRLModule`); a module without that method, or without anything frozen,
-    gets nothing.
+    `module.frozen_features(batch)` (see `ProgressiveRLModule`); a module without that method, or without anything
+    frozen, gets nothing.
     """
 
     @override(ConnectorV2)
@@ -288,7 +290,9 @@ def generalized_advantages(
     return targets, targets - values
 
 
-def _in_chunks(function: Callable[[dict[str, Any]], Mapping[str, Tensor]], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def _in_chunks(
+    function: Callable[[dict[str, Any]], Mapping[str, Tensor]], batch: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """`function` of a batch, some rows at a time: what it works with stays small, and in the processor's caches."""
     num_rows = len(tree.flatten(batch[Columns.OBS])[0])
     results: dict[str, Tensor] = {}
@@ -365,7 +369,7 @@ class _TensorBatch(SampleBatch):
         permutation = torch.from_numpy(np.random.permutation(self.count))
         for key, column in columns.items():
             self[key] = tree.map_structure(lambda a: a.index_select(0, permutation.to(a.device)), column)
-        self.intercepted_values = {}
+        self.intercepted_values.clear()
         return self
 
 
@@ -382,7 +386,9 @@ class _ArrayConnectors:
     def __call__(self, *spaces: Any) -> list[ConnectorV2]:
         if self._user_connectors is None:
             return [BatchEpisodes()]
-        logger.info("use_array_pipeline: there is a `learner_connector`, so that RLlib's own connectors make the batches.")
+        logger.info(
+            "use_array_pipeline: there is a `learner_connector`, so that RLlib's own connectors make the batches."
+        )
         return _stock_connectors(force_list(self._user_connectors(*spaces)))
 
 
