@@ -1,4 +1,4 @@
-"""`rllib analyze` and `rllib prune`: from a run folder to files about its columns. Plain torch and gymnasium, no Ray."""
+"""From a run folder to files about its columns: `analyze_run`, `prune_run`. Plain torch and gymnasium, no Ray."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from torch import Tensor
 
 from rllib_pnn.analysis import plots
 from rllib_pnn.analysis.fisher import average_fisher_sensitivity
@@ -41,8 +42,8 @@ def analyze_run(
 ) -> dict[str, Any]:
     """Where the policy of a run's column has its knowledge.
 
-    Writes to `out`: `afs.json` and `aps.json` (see `Sensitivity.to_json`), `sensitivity.png` with what of both is there,
-    and, where layer 1 is a convolution, the most used filters as `filters.json` and `filters.png`.
+    Writes to `out`: `afs.json` and `aps.json` (see `Sensitivity.to_json`), `sensitivity.png` with what of both is
+    there, and, where layer 1 is a convolution, the most used filters as `filters.json` and `filters.png`.
 
     Args:
         run: a run folder, with the columns in its `columns/`.
@@ -156,9 +157,8 @@ def prune_run(
     folder = Path(out) if out is not None else Path(run) / "pruned" / f"column_{k:03d}"
     if folder.exists():
         raise ValueError(f"{folder}: exists already; a store is never overwritten, give another folder")
-    pruning = prune_laterals(
-        subject.network, subject.play(num_episodes, seed, num_states, num_envs), column=k, max_kl=max_kl
-    )
+    rollout = subject.play(num_episodes, seed, num_states, num_envs)
+    pruning = prune_laterals(subject.network, rollout, column=k, max_kl=max_kl)
     before, after = (
         play(
             network,
@@ -222,7 +222,7 @@ def most_used_filters(network: ProgressiveNetwork, sensitivity: Sensitivity) -> 
     total = sum(float(column.sum()) for column in sensitivity.raw[0]) or 1.0
     filters = []
     for j, fisher in enumerate(sensitivity.raw[0]):
-        weight = column_of(network, j).layers[0].weight
+        weight = cast(Tensor, column_of(network, j).layers[0].weight)
         order = np.argsort(-fisher, kind="stable")[:NUM_FILTERS]
         filters.append(
             [

@@ -135,7 +135,7 @@ def plot_transfer_matrix(table: TransferTable) -> Figure:
     widest = max(len(targets) for _, targets, _ in matrices)
     slanted = max(len(name) for _, targets, _ in matrices for name in targets) > 7
     colours = colormaps["BrBG"]
-    size = (max(1.3 + 0.8 * widest, 2.6) * columns + 1.2, (1.1 + 0.55 * deepest) * lines + 0.6)
+    size = (max(1.2 + 0.6 * widest, 2.4) * columns + 1.1, (1.1 + 0.55 * deepest) * lines + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     for axis, row, (sources, targets, scores) in zip(axes.flat, rows, matrices, strict=False):
