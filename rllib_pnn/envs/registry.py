@@ -1,7 +1,9 @@
-"""The package's env ids, known to gymnasium in every process that imports it (entry point `gymnasium.envs`).
+"""The package's env ids. Importing this module makes them known to gymnasium.
 
-Cheap on purpose: gymnasium imports this module on its own import, so it names the env classes and imports
-none. No torch, no Ray.
+gymnasium has no plugin entry points since 1.0: a process knows an id once it has imported the module that
+registers it. `gymnasium.make("rllib_pnn.envs.registry:rllib_pnn/PongSoup-v0")` does both.
+
+Cheap to import on purpose: the env classes are named, not imported. No torch, no Ray.
 """
 
 from __future__ import annotations
@@ -43,7 +45,6 @@ def register_envs() -> None:
 
 def is_native_vector(env_id: str) -> bool:
     """Whether `gymnasium.make_vec` can make `env_id` with `vectorization_mode="vector_entry_point"`."""
-    register_envs()
     spec = registry.get(env_id)
     return spec is not None and spec.vector_entry_point is not None
 
@@ -51,8 +52,8 @@ def is_native_vector(env_id: str) -> bool:
 def create_env(env_id: str, env_config: Mapping[str, Any] | None = None) -> gym.Env | gym.vector.VectorEnv:
     """Makes an env as RLlib's env creators do: a batch if the config names `num_envs`, a single env if not.
 
-    `tune.register_env(env_id, functools.partial(create_env, env_id))` serves processes that can import the
-    package though it is not installed there; where it is, RLlib finds the ids through gymnasium.
+    `tune.register_env(env_id, functools.partial(create_env, env_id))` makes an id known to all EnvRunners of
+    a Ray cluster: they import this module when they load the creator.
 
     Args:
         env_id: Any id that gymnasium knows.
@@ -62,9 +63,11 @@ def create_env(env_id: str, env_config: Mapping[str, Any] | None = None) -> gym.
         ValueError: An option is unknown or its value is.
         gymnasium.error.UnregisteredEnv: The id is unknown.
     """
-    register_envs()
     options = dict(env_config or {})
     num_envs = options.pop("num_envs", None)
     if num_envs is None:
         return gym.make(env_id, **options)
     return gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **options)
+
+
+register_envs()

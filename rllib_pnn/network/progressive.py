@@ -68,8 +68,9 @@ class ProgressiveNetwork(nn.Module):
             raise ValueError(f"num_outputs: expected at least 1, got {num_outputs}")
         if lateral not in LATERALS:
             raise ValueError(f"lateral: expected one of {', '.join(LATERALS)}, got {lateral!r}")
-        if not math.isfinite(lateral_scale):
-            raise ValueError(f"lateral_scale: expected a finite number, got {lateral_scale!r}")
+        for name, number in (("lateral_scale", lateral_scale), ("input_scale", input_scale)):
+            if number is not None and not math.isfinite(number):
+                raise ValueError(f"{name}: expected a finite number, got {number!r}")
         self.channels_last_input = len(shape) == 3 and shape[2] in (1, 3, 4) and shape[0] not in (1, 3, 4)
         self.given_observation_shape = shape
         self.observation_shape = (shape[2], shape[0], shape[1]) if self.channels_last_input else shape
@@ -100,6 +101,7 @@ class ProgressiveNetwork(nn.Module):
         lateral: str | None = None,
         copy_of: int | None = None,
         trains: str = "all",
+        input_shift: float = 0.0,
     ) -> int:
         """Freezes all columns and adds one with laterals from each of them; returns its index.
 
@@ -109,6 +111,8 @@ class ProgressiveNetwork(nn.Module):
             lateral: None means the network's; `"none"` gives a column that ignores the earlier ones (baseline 1).
             copy_of: start from a copy of this column's parameters, its laterals included (baselines 2 and 3).
             trains: `"all"`, or `"heads"` for output-layer fine-tuning (baseline 2).
+            input_shift: taken from every scaled observation by this column; a task's typical pixel (0 to 1), so that
+                a plain background is 0 and does not drown what moves. A copy keeps the original's.
 
         Raises:
             ValueError: the specification does not fit the earlier columns; nothing is added then.
@@ -123,7 +127,7 @@ class ProgressiveNetwork(nn.Module):
             column.fingerprint = None
         else:
             generator = torch.Generator().manual_seed(_column_seed(self.seed, index))
-            column = Column.initialised(self._next_layout(spec, lateral), self.input_scale, generator)
+            column = Column.initialised(self._next_layout(spec, lateral, input_shift), self.input_scale, generator)
         column.set_trained_part(trains)
         column.to(self.device)
         self.freeze()
@@ -173,7 +177,7 @@ class ProgressiveNetwork(nn.Module):
     def device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-    def _next_layout(self, spec: Any, lateral: str | None) -> ColumnLayout:
+    def _next_layout(self, spec: Any, lateral: str | None, input_shift: float) -> ColumnLayout:
         spec = self.spec if spec is None else ColumnSpec.parse(spec)
         lateral = self.lateral if lateral is None else lateral
         if lateral not in LATERALS:
@@ -195,11 +199,13 @@ class ProgressiveNetwork(nn.Module):
             self.lateral_heads,
             self.lateral_scale,
             sources,
+            float(input_shift),
         )
 
     def _index(self, column: int) -> int:
         if not -len(self.columns) <= column < len(self.columns):
-            raise ValueError(f"column {column}: the network has {len(self.columns)} columns")
+            mend = "" if len(self.columns) else "; call add_column() first"
+            raise ValueError(f"column {column}: the network has {len(self.columns)} columns{mend}")
         return range(len(self.columns))[column]
 
     # -- inference -----------------------------------------------------------------------------------------------
@@ -234,7 +240,7 @@ class ProgressiveNetwork(nn.Module):
         if sources is None:
             sources = self._compute_sources(h, k, states, new_states, time_shape, resets, transform)
         else:
-            sources = {n: s.flatten(0, 1) if time_shape else s for n, s in sources.items()}
+            sources = self._check_sources(sources, k, time_shape or (len(h),))
         logits, value, new_states[k] = self.columns[k](
             h, sources, states.get(k), time_shape=time_shape, resets=resets, index=k, transform=transform
         )
@@ -351,6 +357,23 @@ class ProgressiveNetwork(nn.Module):
                 )
             collected.append(layers)
         return _concatenate(collected, self.columns[k].reads)
+
+    def _check_sources(self, sources: Mapping[int, Tensor], k: int, leading: tuple[int, ...]) -> dict[int, Tensor]:
+        """Sources that a caller kept, with one batch axis; `leading` is (B,) or (B, T)."""
+        checked = {}
+        for number in self.columns[k].reads:
+            if number not in sources:
+                raise ValueError(f"sources: layer {number} is missing; column {k} reads layers {self.columns[k].reads}")
+            found, expected = tuple(sources[number].shape), (*leading, *self._source_shape(k, number))
+            if found != expected:
+                raise ValueError(f"sources: layer {number}: expected {expected}, got {found}")
+            checked[number] = sources[number].flatten(0, len(leading) - 1)
+        return checked
+
+    def _source_shape(self, k: int, number: int) -> tuple[int, ...]:
+        """Shape of h^{<k} of one layer, without batch axes."""
+        shapes = [column.shapes[number] for column in self.columns[: self.columns[k].num_sources]]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def _split_state(
         self, state: Mapping[str, Tensor] | None, time_shape: tuple[int, int] | None

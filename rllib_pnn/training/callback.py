@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,15 @@ import ray
 from pyarrow.fs import FileSelector, FileType, LocalFileSystem, copy_files
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
-from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
     EPISODE_RETURN_MEAN,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
-    NUM_EPISODES_LIFETIME,
 )
+from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 from ray.tune.result import DONE, SHOULD_CHECKPOINT
 
 from rllib_pnn.network.progressive import ProgressiveNetwork
@@ -37,6 +39,7 @@ from rllib_pnn.training.tasks import Task, parse_tasks
 
 logger = logging.getLogger(__name__)
 
+TASK_RETURNS = "task_episode_returns"  # metric of the EnvRunners: returns of ended episodes by task index
 MIN_EPISODES = 10  # finished on a task before its mean return can end it
 
 
@@ -45,8 +48,9 @@ class ProgressiveCallback(RLlibCallback):
 
     Adds to every result of `algo.train()`:
 
-    - `progressive/`: `task`, `task_index`, `num_tasks`, `column`, `task_env_steps`, `episode_return_mean` (this task
-      only, NaN until enough episodes ended), `finished`;
+    - `progressive/`: `task`, `task_index`, `num_tasks`, `column`, `task_env_steps`, `episode_return_mean` (of the
+      last `metrics_num_episodes_for_smoothing` episodes of this task, NaN before the first), `num_episodes` (ended in
+      this iteration), `task_over`, `finished`;
     - `columns/<task>/`: `episode_return_mean` as played last, `frozen_episode_return_mean` as played at freezing,
       `forgetting` (their difference), `bit_equal` (1 if every policy output was the same), NaN before freezing.
     """
@@ -54,15 +58,19 @@ class ProgressiveCallback(RLlibCallback):
     def __init__(self) -> None:
         super().__init__()
         self._ready = False
+        self._last_progress: dict[str, Any] = {}
         self._scores: dict[str, dict[str, Any]] = {}
-        self._episodes_at_start = 0
+        self._returns: deque[float] = deque(maxlen=1)
 
     # -- RLlib's hooks -------------------------------------------------------------------------------------------
 
     @override(RLlibCallback)
     def on_algorithm_init(self, *, algorithm: Algorithm, **kwargs: Any) -> None:
         self._settings: dict[str, Any] = algorithm.config.rl_module_spec.model_config[MODEL_CONFIG_KEY]
-        self._tasks: tuple[Task, ...] = parse_tasks(self._settings["tasks"])
+        self._tasks: tuple[Task, ...] = parse_tasks(
+            [{k: t[k] for k in ("name", "env_config", "until")} for t in self._settings["tasks"]]
+        )
+        self._returns = deque(maxlen=algorithm.config.metrics_num_episodes_for_smoothing)
         self._store = self._open_store(algorithm)
         if self._settings.get("columns_from"):
             self._start_from(algorithm, ColumnStore(self._settings["columns_from"]))
@@ -80,22 +88,41 @@ class ProgressiveCallback(RLlibCallback):
         self._broadcast(algorithm, env_runner_group, env_runner_indices)
 
     @override(RLlibCallback)
+    def on_episode_end(
+        self,
+        *,
+        episode: SingleAgentEpisode,
+        prev_episode_chunks: Sequence[SingleAgentEpisode] = (),
+        env_runner: Any,
+        metrics_logger: MetricsLogger,
+        **kwargs: Any,
+    ) -> None:
+        # On an EnvRunner. RLlib's own windows mix tasks and are empty in iterations in which no episode ended.
+        episode_return = sum(chunk.get_return() for chunk in (*prev_episode_chunks, episode))
+        key = (TASK_RETURNS, str(getattr(env_runner, "task_index", 0)))
+        metrics_logger.log_value(key, float(episode_return), reduce="item_series")
+
+    @override(RLlibCallback)
     def on_train_result(self, *, algorithm: Algorithm, result: dict[str, Any], **kwargs: Any) -> None:
+        self._ready = self._ready and self._progress(algorithm) == self._last_progress
         self._catch_up(algorithm)
         progress = self._progress(algorithm)
         task = self._tasks[progress["task_index"]]
         runners = result.setdefault(ENV_RUNNER_RESULTS, {})
         total_steps = int(result.get(NUM_ENV_STEPS_SAMPLED_LIFETIME) or 0)
-        total_episodes = int(runners.get(NUM_EPISODES_LIFETIME) or 0)
         steps = total_steps - progress["task_start_env_steps"]
-        episodes = total_episodes - self._episodes_at_start
-        mean = float(runners.get(EPISODE_RETURN_MEAN, math.nan)) if episodes >= MIN_EPISODES else math.nan
-        over = not progress["finished"] and task.is_over(mean, steps)
+        ended = (runners.pop(TASK_RETURNS, None) or {}).get(str(progress["task_index"]), [])
+        self._returns.extend(ended if isinstance(ended, list) else [])
+        mean = sum(self._returns) / len(self._returns) if self._returns else math.nan
+        over = not progress["finished"] and task.is_over(
+            mean if len(self._returns) >= min(MIN_EPISODES, self._returns.maxlen or 1) else math.nan, steps
+        )
         column = progress["first_column"] + progress["task_index"]
         if over:
             progress = self._end_task(algorithm, progress, steps, total_steps)
-            self._episodes_at_start = total_episodes
+            self._returns.clear()
             result[SHOULD_CHECKPOINT] = True
+        self._last_progress = progress
         if progress["finished"]:
             result[DONE] = True
         # Keys are there from the first result on: Tune's CSV logger takes its columns from it.
@@ -107,6 +134,7 @@ class ProgressiveCallback(RLlibCallback):
             "column": column,
             "task_env_steps": steps,
             "episode_return_mean": mean,
+            "num_episodes": len(ended) if isinstance(ended, list) else 0,
             "task_over": over,
             "finished": progress["finished"],
         }
@@ -116,7 +144,6 @@ class ProgressiveCallback(RLlibCallback):
 
     def _end_task(self, algorithm: Algorithm, progress: dict[str, Any], steps: int, total_steps: int) -> dict[str, Any]:
         index = progress["task_index"]
-        task = self._tasks[index]
         states = _on_learners(algorithm, lambda learner: learner.freeze_columns())
         network = self._network_from(algorithm, states[0])
         network.verify()
@@ -138,8 +165,7 @@ class ProgressiveCallback(RLlibCallback):
             )
         else:
             progress |= {"task_index": progress["task_index"] + 1, "task_start_env_steps": total_steps}
-            architecture = self._settings.get("architecture", "progressive")
-            _on_learners(algorithm, lambda learner, a=architecture, p=progress: learner.grow(a, p))
+            _on_learners(algorithm, lambda learner, p=progress: learner.grow(p))
         self._broadcast(algorithm)
         self._forget_rollouts(algorithm)
         return progress
@@ -149,9 +175,7 @@ class ProgressiveCallback(RLlibCallback):
         if self._ready:
             return
         self._ready = True
-        self._episodes_at_start = int(
-            algorithm.metrics.peek((ENV_RUNNER_RESULTS, NUM_EPISODES_LIFETIME), default=0) or 0
-        )
+        self._returns.clear()
         progress = self._progress(algorithm)
         entries = self._store.entries
         self._scores = {e.task: _score_of(e.score, e.extra.get("digest")) for e in entries if e.score is not None}
@@ -199,7 +223,8 @@ class ProgressiveCallback(RLlibCallback):
         network.lateral, network.lateral_heads = fresh.lateral, fresh.lateral_heads
         network.lateral_scale = fresh.lateral_scale
         first = network.num_columns
-        grow(network, self._settings.get("architecture", "progressive"))
+        shift = self._settings["tasks"][0].get("input_shift", 0.0)
+        grow(network, self._settings.get("architecture", "progressive"), shift)
         progress = {"task_index": 0, "first_column": first, "task_start_env_steps": 0, "finished": False}
         state = {"progress": progress, "columns": [_column_state(c) for c in network.columns]}
         _on_learners(algorithm, lambda learner, s=state: learner.become(s))
@@ -245,13 +270,12 @@ class ProgressiveCallback(RLlibCallback):
     ) -> None:
         """The Learner's state to all EnvRunners, waited for."""
         state = _on_learners(algorithm, lambda learner: learner.progressive_module.get_state(inference_only=True))[0]
-        # No WEIGHTS_SEQ_NO: an unconditional update.
-        payload = {"rl_module": {DEFAULT_MODULE_ID: state}}
+        reference = ray.put(state)
         groups = [group] if group is not None else [algorithm.env_runner_group, algorithm.eval_env_runner_group]
         for each in groups:
             if each is not None:
                 each.foreach_env_runner(
-                    lambda runner, p=payload: runner.set_state(p),
+                    lambda runner, r=reference: runner.follow(ray.get(r)),
                     remote_worker_ids=indices,
                     local_env_runner=indices is None and each.local_env_runner is not None,
                 )

@@ -7,7 +7,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
+import queue
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,8 +20,10 @@ import torch
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.core import ALL_MODULES, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.learner import Learner
+from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchDDPRLModule
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from ray.rllib.utils.typing import EpisodeType, StateDict
@@ -26,15 +31,29 @@ from ray.rllib.utils.typing import EpisodeType, StateDict
 from rllib_pnn.network.memory import keep_freed_memory
 from rllib_pnn.training.rl_module import ProgressiveRLModule
 
-TASK_INDEX = "task_index"  # batch column and key of an episode's custom_data: the task that a step was played on
+TASK_INDEX = "task_index"  # batch column: the task that a row was played on
 NUM_ENV_STEPS_DROPPED = "num_env_steps_of_old_task_dropped_lifetime"
 
 
-class AddTaskIndex(ConnectorV2):
-    """Learner connector: notes for every row of a batch which task it was played on.
+def note_task(episode: SingleAgentEpisode, task_index: int) -> None:
+    """Writes into an episode which task it was played on.
 
-    Reads what the task-aware EnvRunner wrote into each episode's `custom_data`; stands at the pipeline's end, where
-    the batch is complete.
+    Into its id, the one thing that RLlib keeps when it cuts, slices and shards episodes.
+    """
+    if task_of(episode) is None:
+        episode.id_ = f"task-{task_index}/{episode.id_}"
+
+
+def task_of(episode: SingleAgentEpisode) -> int | None:
+    """The task that `note_task` wrote; None if it was never called."""
+    head, _, rest = str(episode.id_).partition("/")
+    return int(head.removeprefix("task-")) if rest and head.startswith("task-") else None
+
+
+class AddTaskIndex(ConnectorV2):
+    """Learner connector: notes for every row of a batch which task it was played on (see `note_task`).
+
+    Stands at the pipeline's end, where the batch is complete.
     """
 
     @override(ConnectorV2)
@@ -48,10 +67,11 @@ class AddTaskIndex(ConnectorV2):
         shared_data: dict | None = None,
         **kwargs: Any,
     ) -> Any:
-        indices = {episode.custom_data.get(TASK_INDEX, 0) for episode in episodes}
+        indices = {task_of(episode) for episode in episodes}
         # One number serves the whole batch: rows of two tasks in one batch happen only around a switch, and such a
-        # batch is not learned from at all (-1).
-        value = indices.pop() if len(indices) == 1 else -1
+        # batch is not learned from at all (-1), nor is one that no task-aware EnvRunner sampled.
+        index = indices.pop() if len(indices) == 1 else None
+        value = -1 if index is None else index
         for module_batch in batch.values():
             rows = len(next(iter(module_batch.values()))) if module_batch else 0
             module_batch[TASK_INDEX] = torch.full((rows,), value, dtype=torch.int32)
@@ -87,11 +107,10 @@ class ProgressiveLearnerMixin(Learner):
             self._rebuild_optimizer()
             return self.progressive_module.get_state()
 
-    def grow(self, architecture: str, progress: Mapping[str, Any]) -> None:
+    def grow(self, progress: Mapping[str, Any]) -> None:
         """Adds the next task's column and gives it a fresh optimizer and fresh schedules."""
         with self._growth_lock:
-            self.progressive_module.grow(architecture)
-            self.progressive_module.progress = dict(progress)
+            self.progressive_module.grow(progress)
             self._rebuild_optimizer()
             for schedulers in ("entropy_coeff_schedulers_per_module", "curr_kl_coeffs_per_module"):
                 getattr(self, schedulers, {}).clear()
@@ -104,6 +123,7 @@ class ProgressiveLearnerMixin(Learner):
 
     def _rebuild_optimizer(self) -> None:
         """Forgets the old optimizer and registers one for what trains now, if that changed."""
+        self._forget_broadcasts()
         module = self.module[DEFAULT_MODULE_ID]
         trainable = self.get_parameters(module.unwrapped())
         held = [p for params in self._optimizer_parameters.values() for p in params]
@@ -127,6 +147,13 @@ class ProgressiveLearnerMixin(Learner):
             module_id=DEFAULT_MODULE_ID, config=self.config.get_config_for_module(DEFAULT_MODULE_ID)
         )
 
+    def _forget_broadcasts(self) -> None:
+        """Weights that IMPALA's Learner thread left for the next broadcast may be those of an earlier task."""
+        if hasattr(self, "_learner_state_queue"):
+            with self._learner_state_lock, contextlib.suppress(queue.Empty):
+                self._learner_state = None
+                self._learner_state_queue.get_nowait()
+
     # -- updates -------------------------------------------------------------------------------------------------
 
     @override(Learner)
@@ -141,6 +168,25 @@ class ProgressiveLearnerMixin(Learner):
             if self.progressive_module.network.columns[-1].is_frozen:
                 return {}, {}, {}
             return super()._update(batch, **kwargs)
+
+    @override(Learner)
+    def _create_iterator_if_necessary(
+        self, *, training_data: Any, num_total_minibatches: int = 0, minibatch_size: int | None = None, **kwargs: Any
+    ) -> Any:
+        if self.config.num_learners > 1 and minibatch_size:
+            # Shares of a batch differ in length from Learner to Learner. Each must do as many gradient steps as
+            # the one with the most, or the others wait for it for ever.
+            training_data = TrainingData(batch=self._make_batch_if_necessary(training_data=training_data))
+            rows = len(training_data.batch[DEFAULT_MODULE_ID])
+            steps = torch.tensor(math.ceil(kwargs.get("num_epochs", 1) * rows / minibatch_size), device=self._device)
+            torch.distributed.all_reduce(steps, op=torch.distributed.ReduceOp.MAX)
+            num_total_minibatches = int(steps)
+        return super()._create_iterator_if_necessary(
+            training_data=training_data,
+            num_total_minibatches=num_total_minibatches,
+            minibatch_size=minibatch_size,
+            **kwargs,
+        )
 
     def _task_timesteps(self, timesteps: Mapping[str, Any] | None) -> dict[str, Any]:
         timesteps = dict(timesteps or {})
@@ -177,7 +223,7 @@ class ProgressiveLearnerMixin(Learner):
         super()._set_optimizer_state(state)
 
 
-@functools.cache
+@functools.cache  # one class object each, so that equal configs compare equal
 def progressive_learner_class(learner_class: type[Learner]) -> type[Learner]:
     """`learner_class` with `ProgressiveLearnerMixin` in front; itself if that is there already."""
     if issubclass(learner_class, ProgressiveLearnerMixin):

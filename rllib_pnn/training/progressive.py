@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.impala import IMPALAConfig
@@ -57,6 +58,7 @@ def make_progressive(
     architecture: str = "progressive",
     columns_from: str | os.PathLike[str] | None = None,
     column_store: str | os.PathLike[str] | None = None,
+    input_shift: float | str = "auto",
     evaluation_episodes: int = 10,
     evaluation_seed: int = 0,
     check_spaces: bool = True,
@@ -74,9 +76,12 @@ def make_progressive(
             `"random_column"` (4); see `rl_module.grow`.
         columns_from: a run folder or column store whose columns stand in front of the first task's.
         column_store: where columns are stored; None: `columns/` in the trial's folder.
+        input_shift: taken from scaled observations by each new column. `"auto"`: the task's typical pixel (median
+            over some frames of random play) for images, 0 for vectors. With 0, Pong takes three times as many steps.
         evaluation_episodes: episodes that every column plays on its own task at each task's end; 0: none.
         evaluation_seed: seed of those episodes.
-        check_spaces: make every task's environment once and compare its spaces; False saves the time.
+        check_spaces: make every task's environment once, compare its spaces and look at its pixels; False saves
+            the time, and `"auto"` then means 0.
 
     Returns:
         A new config. `build_algo().train()` results then have the keys that `ProgressiveCallback` documents; the
@@ -100,9 +105,14 @@ def make_progressive(
 
     base_env_config = dict(config.env_config)
     merged = [Task(t.name, base_env_config | dict(t.env_config), t.until) for t in parsed]
+    if input_shift != "auto" and (isinstance(input_shift, bool) or not isinstance(input_shift, int | float)):
+        raise ValueError(f"input_shift: expected a number or 'auto', got {input_shift!r}")
     network: ProgressiveNetwork | None = None
+    shifts = [0.0 if input_shift == "auto" else float(input_shift)] * len(merged)
     if check_spaces:
-        observation_space, action_space = _common_spaces(config, merged)
+        observation_space, action_space, typical = _look_at_tasks(config, merged)
+        if input_shift == "auto":
+            shifts = typical
         network = ProgressiveNetwork(
             observation_shape_of(observation_space), num_outputs_of(action_space), column, lateral=lateral
         )
@@ -117,7 +127,7 @@ def make_progressive(
             )
 
     settings = {
-        "tasks": [t.to_json() for t in merged],
+        "tasks": [t.to_json() | {"input_shift": m} for t, m in zip(merged, shifts, strict=True)],
         "env": config.env if isinstance(config.env, str) else None,
         "column": column,
         "lateral": lateral,
@@ -137,7 +147,7 @@ def make_progressive(
     progressive.rl_module(
         rl_module_spec=RLModuleSpec(module_class=module_class, model_config={MODEL_CONFIG_KEY: settings})
     )
-    progressive.learners(learner_class=progressive_learner_class(config.learner_class))
+    progressive.learners(learner_class=progressive_learner_class(config.learner_class))  # type: ignore[arg-type]
     progressive.env_runners(env_runner_cls=task_env_runner_class(_env_runner_class(config)))
     callbacks = [c for c in force_list(config.callbacks_class) if not issubclass(c, ProgressiveCallback)]
     progressive.callbacks([*callbacks, ProgressiveCallback])
@@ -177,12 +187,25 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{mend}")
 
 
-def _common_spaces(config: AlgorithmConfig, tasks: Sequence[Task]) -> tuple[gym.Space, gym.Space]:
-    """The spaces that all tasks share. Raises `ValueError` naming the first task that differs or can't be made."""
+def _look_at_tasks(config: AlgorithmConfig, tasks: Sequence[Task]) -> tuple[gym.Space, gym.Space, list[float]]:
+    """The spaces that all tasks share, and each task's typical pixel.
+
+    Raises:
+        ValueError: naming the first task whose environment differs or can't be made.
+    """
     common: tuple[gym.Space, gym.Space] | None = None
+    pixels = []
     for i, task in enumerate(tasks):
         try:
-            spaces = _spaces_of(config, task)
+            env = _make_env(config, task)
+            try:
+                spaces = (
+                    getattr(env, "single_observation_space", env.observation_space),
+                    getattr(env, "single_action_space", env.action_space),
+                )
+                pixels.append(_typical_pixel(env, spaces[0]))
+            finally:
+                env.close()
         except (ValueError, TypeError, KeyError, gym.error.Error) as error:
             raise ValueError(f"tasks[{i}] ('{task.name}'): {' '.join(str(error).split())}") from error
         if common is None:
@@ -194,27 +217,32 @@ def _common_spaces(config: AlgorithmConfig, tasks: Sequence[Task]) -> tuple[gym.
                     "all tasks of a progressive network share both spaces"
                 )
     assert common is not None
-    return common
+    return *common, pixels
 
 
-def _spaces_of(config: AlgorithmConfig, task: Task) -> tuple[gym.Space, gym.Space]:
-    env: Any
-    creator = config.env
+def _make_env(config: AlgorithmConfig, task: Task) -> Any:
+    creator: Any = config.env
     if isinstance(creator, str) and _global_registry.contains(ENV_CREATOR, creator):
         creator = _global_registry.get(ENV_CREATOR, creator)
     if isinstance(creator, str):
-        env = gym.make(creator, **dict(task.env_config))
-    elif str(config.gym_env_vectorize_mode).lower().endswith("vector_entry_point"):
-        env = make_vector_env(creator, task.env_config, 1)
-    else:
-        env = creator(EnvContext(dict(task.env_config), worker_index=0))
-    try:
-        return (
-            getattr(env, "single_observation_space", env.observation_space),
-            getattr(env, "single_action_space", env.action_space),
-        )
-    finally:
-        env.close()
+        return gym.make(creator, **dict(task.env_config))
+    if str(config.gym_env_vectorize_mode).lower().endswith("vector_entry_point"):
+        return make_vector_env(creator, task.env_config, 1)
+    return creator(EnvContext(dict(task.env_config), worker_index=0))
+
+
+def _typical_pixel(env: Any, space: gym.Space, num_steps: int = 32) -> float:
+    """Median over some frames of random play, as a part of 255; 0 for anything that is not an image of bytes."""
+    if not isinstance(space, gym.spaces.Box) or space.dtype != np.uint8 or len(space.shape) != 3:
+        return 0.0
+    env.action_space.seed(0)
+    frames = [np.asarray(env.reset(seed=0)[0])]
+    while len(frames) <= num_steps:
+        obs, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        frames.append(np.asarray(obs))
+        if np.any(terminated) or np.any(truncated):
+            break
+    return float(np.median(np.stack(frames))) / 255
 
 
 def _source_store(path: str | os.PathLike[str] | None) -> ColumnStore | None:

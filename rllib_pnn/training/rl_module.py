@@ -57,7 +57,7 @@ def observation_shape_of(space: gym.Space) -> tuple[int, ...]:
     return tuple(space.shape)
 
 
-def grow(network: ProgressiveNetwork, architecture: str) -> int:
+def grow(network: ProgressiveNetwork, architecture: str, input_shift: float = 0.0) -> int:
     """Adds the column for the next task as the architecture wants it (Rusu et al. 2016, section 4, baselines 1-4).
 
     `progressive` and `random_column` (baseline 4) add laterals; `scratch` (1) none; `finetune_heads` (2) and
@@ -65,13 +65,13 @@ def grow(network: ProgressiveNetwork, architecture: str) -> int:
     that never trains. Returns the new column's index.
     """
     if architecture == "random_column" and network.num_columns == 0:
-        network.add_column()
+        network.add_column(input_shift=input_shift)
     if architecture == "scratch":
-        return network.add_column(lateral="none")
+        return network.add_column(lateral="none", input_shift=input_shift)
     if architecture in ("finetune_heads", "finetune_all") and network.num_columns:
         trains = "heads" if architecture == "finetune_heads" else "all"
         return network.add_column(copy_of=-1, trains=trains)
-    return network.add_column()
+    return network.add_column(input_shift=input_shift)
 
 
 class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
@@ -100,7 +100,7 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
             seed=settings.get("seed") or 0,
         )
         self.emits_values = bool(settings.get("emits_values", False))
-        grow(self.network, settings.get("architecture", "progressive"))
+        self._grow(task_index=0)
         self.progress: dict[str, Any] = {
             "task_index": 0,
             "first_column": self.network.num_columns - 1,
@@ -117,10 +117,16 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         """Which task of the sequence the newest column learns."""
         return self.progress["task_index"]
 
-    def grow(self, architecture: str) -> None:
-        """Freezes all columns and adds one for the next task."""
-        grow(self.network, architecture)
+    def grow(self, progress: Mapping[str, Any]) -> None:
+        """Freezes all columns and adds one for the task that `progress` names."""
+        self._grow(progress["task_index"])
+        self.progress = dict(progress)
         self._columns_changed()
+
+    def _grow(self, task_index: int) -> None:
+        settings = self.model_config[MODEL_CONFIG_KEY]
+        tasks = settings.get("tasks") or [{}]
+        grow(self.network, settings.get("architecture", "progressive"), tasks[task_index].get("input_shift", 0.0))
 
     def _columns_changed(self) -> None:
         newest: Column = self.network.columns[-1]
@@ -260,7 +266,7 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
             else:
                 columns.append(_column_from_state(entry, self.network.device))
         if len(columns) != len(mine) or any(a is not b for a, b in zip(columns, mine, strict=True)):
-            self.network.columns = nn.ModuleList(columns)
+            self.network.columns = nn.ModuleList(columns)  # type: ignore[assignment]
             self._columns_changed()
         self._references.update(references)
         self.progress = dict(state["progress"])

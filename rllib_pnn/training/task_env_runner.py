@@ -10,6 +10,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import ray
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.annotations import override
@@ -25,7 +28,7 @@ from ray.rllib.utils.metrics import (
 from ray.rllib.utils.typing import StateDict
 
 from rllib_pnn.network.memory import keep_freed_memory
-from rllib_pnn.training.learner import TASK_INDEX
+from rllib_pnn.training.learner import note_task
 from rllib_pnn.training.rl_module import MODEL_CONFIG_KEY, ProgressiveRLModule
 
 # Windows over episodes; those of an old task say nothing about the new one.
@@ -49,6 +52,7 @@ class TaskEnvRunnerMixin(SingleAgentEnvRunner):
     """
 
     task_index = 0
+    config: AlgorithmConfig
     module: ProgressiveRLModule
 
     @override(SingleAgentEnvRunner)
@@ -60,13 +64,28 @@ class TaskEnvRunnerMixin(SingleAgentEnvRunner):
     def sample(self, **kwargs: Any) -> list[SingleAgentEpisode]:
         episodes = super().sample(**kwargs)
         for episode in episodes if isinstance(episodes, list) else ():
-            episode.custom_data[TASK_INDEX] = self.task_index
+            note_task(episode, self.task_index)
         return episodes
 
     @override(SingleAgentEnvRunner)
     def set_state(self, state: StateDict) -> None:
+        """Takes weights and, with them, the task. Weights of an earlier task, still under way at a switch, are ignored."""
+        module_state = state.get(COMPONENT_RL_MODULE)
+        if module_state is not None:
+            if isinstance(module_state, ray.ObjectRef):
+                module_state = ray.get(module_state)
+            module_state = module_state.get(DEFAULT_MODULE_ID, module_state)
+            state = {**state, COMPONENT_RL_MODULE: module_state}
+            if module_state["progress"]["task_index"] < self.task_index:
+                del state[COMPONENT_RL_MODULE]
         super().set_state(state)
         if self.module is not None and self.module.task_index != self.task_index:
+            self.switch_task(self.module.task_index)
+
+    def follow(self, module_state: StateDict) -> None:
+        """Takes a module's state whatever it names, an earlier task too (after a restore, say)."""
+        self.module.set_state(module_state)
+        if self.module.task_index != self.task_index:
             self.switch_task(self.module.task_index)
 
     def switch_task(self, task_index: int) -> None:
@@ -85,7 +104,7 @@ class TaskEnvRunnerMixin(SingleAgentEnvRunner):
             self.make_env()
 
 
-@functools.cache
+@functools.cache  # one class object each, so that equal configs compare equal
 def task_env_runner_class(env_runner_class: type[SingleAgentEnvRunner]) -> type[SingleAgentEnvRunner]:
     """`env_runner_class` with `TaskEnvRunnerMixin` in front; itself if that is there already."""
     if issubclass(env_runner_class, TaskEnvRunnerMixin):
