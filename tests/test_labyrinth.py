@@ -348,6 +348,7 @@ def test_render_shows_the_same_game_larger() -> None:
     plain.close()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_wrong_arguments_say_what_is_wanted() -> None:
     with pytest.raises(ValueError, match=r"level: expected one of track_1, .*; did you mean 'track_1'\?"):
         LabyrinthEnv("track1")
@@ -428,6 +429,8 @@ def test_vector_resets_what_it_is_asked_to() -> None:
     with pytest.raises(ValueError, match="actions: expected one for each of 2"):
         vector.step([0])
     vector.close()
+    with pytest.raises(gym.error.ClosedEnvironmentError):
+        vector.step([0, 0])
 
 
 def test_a_dead_engine_is_an_error_and_close_still_works() -> None:
@@ -495,14 +498,16 @@ def unused_shared_memory() -> set[str]:
     return names - labyrinth_guard._shared_memory_in_use()
 
 
-def wait_until_nothing_is_left(folder: Path, before: set[str], seconds: float = 20.0) -> None:
+def wait_until_nothing_is_left(
+    folder: Path, before: set[str], seconds: float = 20.0, still_there: tuple[int, ...] = ()
+) -> None:
     """Fails if owners that had `folder` as TMPDIR leave processes, files or shared memory behind."""
     left: list[object] = ["not looked yet"]
     deadline = time.monotonic() + seconds
     while left and time.monotonic() < deadline:
         time.sleep(0.1)
         left = [
-            *processes_with(b"environ", b"TMPDIR=" + os.fsencode(folder)),
+            *({*processes_with(b"environ", b"TMPDIR=" + os.fsencode(folder))} - {*still_there}),
             *folder.iterdir(),
             *(unused_shared_memory() - before),
         ]
@@ -539,6 +544,27 @@ def test_killed_owners_leave_nothing(tmp_path: Path) -> None:
 @pytest.mark.timeout(1200)
 def test_200_killed_owners_leave_nothing(tmp_path: Path) -> None:
     kill_owners(tmp_path, num_kills=200, longest_life=2.0)
+
+
+def test_a_forked_child_does_not_hide_the_death_of_its_parent(tmp_path: Path) -> None:
+    before = unused_shared_memory()
+    code = (
+        "import os, signal, time\nfrom rllib_pnn.envs.labyrinth import LabyrinthEnv\n"
+        "env = LabyrinthEnv()\nenv.reset()\nchild = os.fork()\n"
+        "if child == 0:\n  os.close(1)\n  time.sleep(60)\n  os._exit(0)\n"
+        "print(child, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+    )
+    child = int(owner.communicate(timeout=60)[0])
+    try:
+        wait_until_nothing_is_left(tmp_path, before, still_there=(child,))
+        assert Path(f"/proc/{child}").exists()
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_an_owner_that_ends_in_order_leaves_nothing(tmp_path: Path) -> None:

@@ -166,6 +166,8 @@ class LabyrinthVectorEnv(VectorEnv):
         ValueError: an argument is out of its range.
     """
 
+    _threads: ThreadPoolExecutor | None = None
+
     def __init__(
         self,
         num_envs: int = 1,
@@ -269,9 +271,10 @@ class LabyrinthVectorEnv(VectorEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Ends engines and threads."""
-        self._threads.shutdown()
-        for env in self.envs:
-            env.close()
+        if self._threads is not None:  # or the constructor has failed, and this is `__del__`
+            self._threads.shutdown()
+            for env in self.envs:
+                env.close()
 
     @property
     def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -285,6 +288,8 @@ class LabyrinthVectorEnv(VectorEnv):
 
     def _run(self, work: Callable[[int], None], indices: Iterable[int]) -> None:
         """Does the work for every index at the same time, waits for all and passes the first error on."""
+        if self._threads is None or self.closed:
+            raise gym.error.ClosedEnvironmentError("LabyrinthVectorEnv was used after close()")
         futures = [self._threads.submit(work, i) for i in indices]
         wait(futures)
         for future in futures:
