@@ -612,3 +612,22 @@ def test_names_that_no_one_told_are_found_and_those_in_use_are_kept(tmp_path: Pa
         labyrinth_guard._unlink_unused(time.time(), deadline=0)
         assert (unused.exists(), used.exists()) == (False, True)
     used.unlink()
+
+
+def test_engines_start_again_after_temporary_files_were_tidied_up(tmp_path: Path) -> None:
+    before = unused_shared_memory()
+    code = (
+        "import glob, os, shutil, tempfile\nfrom rllib_pnn.envs.labyrinth import LabyrinthEnv\n"
+        "first = LabyrinthEnv()\nfirst.reset()\n"
+        "for folder in glob.glob(tempfile.gettempdir() + '/*'): shutil.rmtree(folder)\n"
+        "second = LabyrinthEnv()\nsecond.reset()\nfirst.step(0)\nsecond.step(0)\n"
+        "print('alive', flush=True)\nos.kill(os.getpid(), 9)"
+    )
+    owner = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        check=False,
+    )
+    assert owner.stdout == b"alive\n", owner.stderr
+    wait_until_nothing_is_left(tmp_path, before)
