@@ -1,1 +1,56 @@
-"""Progressive Neural Networks (Rusu et al. 2016, arXiv 1606.04671) for Ray RLlib."""
+"""Progressive Neural Networks (Rusu et al. 2016, arXiv 1606.04671) for Ray RLlib.
+
+The public names below are imported when first used, so that `import rllib_pnn` costs nothing and each floor
+(plain torch, environments, RLlib) can be used without the others.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rllib_pnn.network import ColumnSpec, ColumnStore, ColumnStoreError, ProgressiveNetwork
+    from rllib_pnn.registration import register
+    from rllib_pnn.training.callback import ProgressiveCallback
+    from rllib_pnn.training.progressive import make_progressive
+    from rllib_pnn.training.rl_module import ProgressiveRLModule
+    from rllib_pnn.training.tasks import Task
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "ColumnSpec": "rllib_pnn.network",
+    "ColumnStore": "rllib_pnn.network",
+    "ColumnStoreError": "rllib_pnn.network",
+    "ProgressiveCallback": "rllib_pnn.training.callback",
+    "ProgressiveNetwork": "rllib_pnn.network",
+    "ProgressiveRLModule": "rllib_pnn.training.rl_module",
+    "Task": "rllib_pnn.training.tasks",
+    "make_progressive": "rllib_pnn.training.progressive",
+    "register": "rllib_pnn.registration",
+}
+
+__all__ = [
+    "ColumnSpec",
+    "ColumnStore",
+    "ColumnStoreError",
+    "ProgressiveCallback",
+    "ProgressiveNetwork",
+    "ProgressiveRLModule",
+    "Task",
+    "make_progressive",
+    "register",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'rllib_pnn' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -59,6 +59,7 @@ class ColumnLayout:
     lateral_heads: bool
     lateral_scale: float
     source_specs: tuple[ColumnSpec, ...]  # of the earlier columns it reads, oldest first
+    input_shift: float = 0.0  # taken from every observation after scaling
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -69,6 +70,7 @@ class ColumnLayout:
             "lateral_heads": self.lateral_heads,
             "lateral_scale": self.lateral_scale,
             "source_specs": [spec.to_json() for spec in self.source_specs],
+            "input_shift": self.input_shift,
         }
 
 
@@ -254,15 +256,15 @@ class Column(nn.Module):
             lateral = self._lateral(str(number))
             source = None if lateral is None else sources[number - 1]
             if isinstance(layer, nn.Conv2d):
-                pre = F.conv2d(h, self._weight(number, layer), layer.bias, layer.stride, layer.padding)
+                pre = F.conv2d(h, *self._affine(number, layer), layer.stride, layer.padding)
                 h = (pre if lateral is None else pre.add_(lateral(source))).relu_()
             elif isinstance(layer, nn.Linear):
-                pre = F.linear(h.flatten(1), self._weight(number, layer), layer.bias)
+                pre = F.linear(h.flatten(1), *self._affine(number, layer))
                 h = (pre if lateral is None else pre.add_(lateral(source))).relu_()
             else:
                 h = h.flatten(1)
-                if number == 1 and self.input_scale != 1.0:
-                    h = h * self.input_scale
+                if number == 1:
+                    h = h * self.input_scale - self.layout.input_shift
                 if lateral is not None and source is not None:
                     h = torch.cat([h, lateral.project(source)], dim=1)
                 if state is None or time_shape is None:
@@ -294,8 +296,16 @@ class Column(nn.Module):
     def _lateral(self, key: str) -> Lateral | None:
         return self.laterals[key] if key in self.laterals else None  # noqa: SIM401 (a ModuleDict has no get)
 
-    def _weight(self, number: int, layer: nn.Conv2d | nn.Linear) -> Tensor:
-        return layer.weight * self.input_scale if number == 1 and self.input_scale != 1.0 else layer.weight
+    def _affine(self, number: int, layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
+        """Weight and bias; those of layer 1 include the scale s and shift m of its input: W(sx - m) = (sW)x - mW1."""
+        weight: Tensor = layer.weight
+        bias: Tensor = layer.bias  # type: ignore[assignment]  # every layer here has one
+        if number == 1:
+            if self.layout.input_shift != 0.0:
+                bias = bias - self.layout.input_shift * weight.flatten(1).sum(1)
+            if self.input_scale != 1.0:
+                weight = weight * self.input_scale
+        return weight, bias
 
     def freeze(self) -> str:
         """Ends training of this column for good and returns its fingerprint."""

@@ -101,6 +101,7 @@ class ProgressiveNetwork(nn.Module):
         lateral: str | None = None,
         copy_of: int | None = None,
         trains: str = "all",
+        input_shift: float = 0.0,
     ) -> int:
         """Freezes all columns and adds one with laterals from each of them; returns its index.
 
@@ -110,6 +111,8 @@ class ProgressiveNetwork(nn.Module):
             lateral: None means the network's; `"none"` gives a column that ignores the earlier ones (baseline 1).
             copy_of: start from a copy of this column's parameters, its laterals included (baselines 2 and 3).
             trains: `"all"`, or `"heads"` for output-layer fine-tuning (baseline 2).
+            input_shift: taken from every scaled observation by this column; a task's typical pixel (0 to 1), so that
+                a plain background is 0 and does not drown what moves. A copy keeps the original's.
 
         Raises:
             ValueError: the specification does not fit the earlier columns; nothing is added then.
@@ -124,7 +127,7 @@ class ProgressiveNetwork(nn.Module):
             column.fingerprint = None
         else:
             generator = torch.Generator().manual_seed(_column_seed(self.seed, index))
-            column = Column.initialised(self._next_layout(spec, lateral), self.input_scale, generator)
+            column = Column.initialised(self._next_layout(spec, lateral, input_shift), self.input_scale, generator)
         column.set_trained_part(trains)
         column.to(self.device)
         self.freeze()
@@ -174,7 +177,7 @@ class ProgressiveNetwork(nn.Module):
     def device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-    def _next_layout(self, spec: Any, lateral: str | None) -> ColumnLayout:
+    def _next_layout(self, spec: Any, lateral: str | None, input_shift: float) -> ColumnLayout:
         spec = self.spec if spec is None else ColumnSpec.parse(spec)
         lateral = self.lateral if lateral is None else lateral
         if lateral not in LATERALS:
@@ -196,6 +199,7 @@ class ProgressiveNetwork(nn.Module):
             self.lateral_heads,
             self.lateral_scale,
             sources,
+            float(input_shift),
         )
 
     def _index(self, column: int) -> int:

@@ -72,6 +72,7 @@ class ColumnEntry(_Model):
     lateral_heads: bool
     lateral_scale: float
     num_sources: Annotated[int, Field(ge=0, le=MAX_COLUMNS)]
+    input_shift: float = 0.0
     task: Annotated[str, Field(max_length=200)]
     env: Annotated[str, Field(max_length=200)] | None = None
     env_config: dict[str, Any] = {}
@@ -190,6 +191,7 @@ class ColumnStore:
                 lateral_heads=layout.lateral_heads,
                 lateral_scale=layout.lateral_scale,
                 num_sources=column.num_sources,
+                input_shift=layout.input_shift,
                 task=task,
                 env=env,
                 score=float(score) if score is not None and math.isfinite(score) else None,
@@ -265,6 +267,7 @@ class ColumnStore:
                 entry.lateral_heads,
                 entry.lateral_scale,
                 tuple(column.layout.spec for column in network.columns[: entry.num_sources]),
+                entry.input_shift,
             )
             with torch.device("meta"):  # shapes without memory
                 column = Column(layout, network.input_scale)

@@ -1,0 +1,371 @@
+"""The `rllib` command. Ray no longer ships one; this one also trains ordinary RLlib tuned examples.
+
+Ray and torch are imported by the commands that need them, so that `--help` and a misspelt key answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rllib_pnn.experiment.environment import prepare_ray
+from rllib_pnn.experiment.errors import InputError, RunFailed, did_you_mean
+from rllib_pnn.experiment.folder import RunFolder, find_runs
+from rllib_pnn.experiment.spec import load_plans
+
+if TYPE_CHECKING:
+    from rllib_pnn.experiment.run import Outcome
+    from rllib_pnn.network.store import ColumnStore
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+
+# Typer brings its own copy of click and exports this one exception of it; its bases are click's UsageError and ClickException.
+_UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
+
+app = typer.Typer(
+    name="rllib",
+    help="Train and examine Progressive Neural Networks, and any RLlib algorithm, from a YAML file.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+example_app = typer.Typer(
+    help="The tuned examples that ship in the package.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(example_app, name="example")
+
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, as `rllib train` printed it.", show_default=False)
+]
+
+
+@app.command()
+def train(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[file FILE]", help="The same as -f FILE.", show_default=False)
+    ] = None,
+    file: Annotated[Path | None, typer.Option("-f", "--file", metavar="FILE", help="A tuned example.")] = None,
+    storage: Annotated[Path, typer.Option(metavar="DIR", help="Where the run folders go.")] = Path("runs"),
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Go on with a run, or all runs of an experiment, from the last checkpoint."),
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Join a Ray cluster ('auto', '10.0.0.1:6379', 'ray://...').")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Ray's and Tune's own output too.")] = False,
+) -> None:
+    """Train what a tuned example describes.
+
+    Ctrl-C writes a checkpoint and prints the command that goes on from it.
+    """
+    path = _file_argument(words or [], file)
+    if (path is None) == (resume is None):
+        raise InputError(
+            "rllib train: expected a tuned example (-f FILE) or --resume RUN" + (", not both" if path else "")
+        )
+    console = _console()
+    if resume is not None:
+        find_runs(resume)
+        prepare_ray(verbose=verbose)
+        from rllib_pnn.experiment.run import resume as resume_run
+
+        outcome = resume_run(resume, console=console, ray_address=ray_address, verbose=verbose)
+        raise typer.Exit(_report(console, [outcome]))
+    assert path is not None
+    plans = load_plans(_existing(path))
+    prepare_ray(verbose=verbose)
+    from rllib_pnn.experiment.run import train as train_plans
+
+    outcomes = []
+    for outcome in train_plans(plans, storage=storage, console=console, ray_address=ray_address, verbose=verbose):
+        outcomes.append(outcome)
+    raise typer.Exit(_report(console, outcomes))
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    task: Annotated[str, typer.Option(metavar="NAME|all", help="On which task.")] = "all",
+    column: Annotated[int | None, typer.Option(metavar="N", help="Which column; each task's own if not given.")] = None,
+    episodes: Annotated[int, typer.Option(metavar="N", min=1, help="How many episodes.")] = 10,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the environments and of the policy.")] = 0,
+    deterministic: Annotated[
+        bool, typer.Option(help="The most probable action rather than a sample of the policy.")
+    ] = False,
+) -> None:
+    """Play the stored columns, every column on its own task (or any column on any task)."""
+    folder = _one_run(run)
+    prepare_ray(verbose=False)
+    from rllib_pnn.registration import register
+    from rllib_pnn.training.evaluation import evaluate_column
+
+    experiment = folder.experiment
+    if experiment.progressive is None or experiment.env is None:
+        raise InputError(f"{run}: an ordinary RLlib run, expected a progressive one, which stores its columns")
+    store = _store(folder)
+    entries = store.entries
+    own = {entry.task: index for index, entry in enumerate(entries)}
+    tasks = {spec.name: spec for spec in experiment.progressive.tasks}
+    if task != "all" and task not in tasks:
+        raise InputError(f"--task {task}: no such task, the run has {', '.join(tasks)}{did_you_mean(task, tasks)}")
+    if column is not None and not -len(entries) <= column < len(entries):
+        raise InputError(f"--column {column}: the run stored {len(entries)} columns, expected 0 to {len(entries) - 1}")
+    chosen = [name for name in tasks if name in own or column is not None] if task == "all" else [task]
+    if column is None and task != "all" and task not in own:
+        raise InputError(
+            f"--task {task}: its column is not frozen yet; frozen are {', '.join(own)}; or choose one with --column N"
+        )
+    network = store.load()
+    register()
+
+    console = _console()
+    table = _table("task", "column", "episodes", "return", "+-", "shortest", "longest", "at freezing")
+    for name in chosen:
+        index = own[name] if column is None else column % len(entries)
+        env_config = {**experiment.config.get("env_config", {}), **tasks[name].env_config}
+        with console.status(f"{name}: column {index} plays {episodes} episodes"):
+            played = evaluate_column(
+                network,
+                experiment.env,
+                env_config,
+                column=index,
+                num_episodes=episodes,
+                seed=seed,
+                deterministic=deterministic,
+                normalize_actions=bool(experiment.config.get("normalize_actions", True)),
+            )
+        score = entries[index].score if entries[index].task == name else None
+        spread = (sum((r - played.episode_return_mean) ** 2 for r in played.returns) / len(played.returns)) ** 0.5
+        table.add_row(
+            name,
+            str(index),
+            str(len(played.returns)),
+            f"{played.episode_return_mean:.2f}",
+            f"{spread:.2f}",
+            str(min(played.lengths)),
+            str(max(played.lengths)),
+            "-" if score is None else f"{score:.2f}",
+        )
+    console.print(table)
+
+
+@app.command()
+def columns(run: RunArgument) -> None:
+    """List the stored columns and verify that each is what was frozen."""
+    console = _console()
+    for folder, store in _stores(run):
+        entries = store.entries
+        store.verify()
+        if not entries:
+            raise InputError(f"{folder}: no column is frozen yet")
+        console.print(f"{store.path}: {len(entries)} columns, fingerprints verified", markup=False, soft_wrap=True)
+        table = _table("column", "task", "steps", "return at freezing", "environment", "fingerprint")
+        for index, entry in enumerate(entries):
+            table.add_row(
+                str(index),
+                entry.task,
+                "-" if entry.num_env_steps is None else f"{entry.num_env_steps:,}",
+                "-" if entry.score is None else f"{entry.score:.2f}",
+                " ".join([entry.env or "-", *(f"{key}={value}" for key, value in entry.env_config.items())]),
+                entry.fingerprint[:12],
+            )
+        console.print(table)
+
+
+@example_app.command("list")
+def list_examples() -> None:
+    """The names of the tuned examples, and what each shows."""
+    console = _console()
+    table = _table("name", "shows")
+    for name, text in _examples().items():
+        table.add_row(name, text.splitlines()[0].lstrip("# ").rstrip("."))
+    console.print(table)
+
+
+@example_app.command("show")
+def show_example(name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)]) -> None:
+    """Print a tuned example; `rllib example show NAME > my.yaml` makes it yours."""
+    examples = _examples()
+    text = examples.get(name.removesuffix(".yaml"))
+    if text is None:
+        raise InputError(f"{name}: no such example, there are {', '.join(examples)}{did_you_mean(name, examples)}")
+    sys.stdout.write(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns (as a console script: exits with) 0 done, 1 a run failed, 2 bad input.
+
+    A run that a signal ended returns 128 plus the signal's number, as shells do.
+    """
+    try:
+        result = typer.main.get_command(app).main(args=arguments, prog_name="rllib", standalone_mode=False)
+        return int(result or DONE)
+    except InputError as error:
+        return _fail(str(error), BAD_INPUT)
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "rllib"
+        return _fail(f"{command}: {error.format_message()} (see `{command} --help`)", BAD_INPUT)
+    except _ClickException as error:
+        return _fail(error.format_message(), BAD_INPUT)
+    except RunFailed as error:
+        return _fail(str(error), FAILED)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("stopped", 128 + signal.SIGINT)
+    except ValueError as error:
+        # A file that another floor reads, such as a column store: it says in one line what is wrong with it.
+        if type(error).__name__ not in ("ColumnStoreError", "RunError"):
+            raise
+        return _fail(str(error), BAD_INPUT)
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------------
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"rllib: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _file_argument(words: list[str], file: Path | None) -> Path | None:
+    """`-f FILE`, `file FILE` or `FILE`."""
+    if words[:1] == ["file"]:
+        words = words[1:]
+        if not words and file is None:
+            raise InputError("rllib train file: expected the path of a tuned example after it")
+    if len(words) + (file is not None) > 1:
+        raise InputError(
+            f"rllib train: expected one tuned example, got {', '.join([*words, *([str(file)] if file else [])])}"
+        )
+    return Path(words[0]) if words else file
+
+
+def _existing(path: Path) -> Path:
+    name = path.name.removesuffix(".yaml")
+    if not path.exists() and name in _examples():
+        raise InputError(
+            f"{path}: no such file; the package ships an example of this name: `rllib example show {name} > {name}.yaml`"
+        )
+    return path
+
+
+def _examples() -> dict[str, str]:
+    """The text of every tuned example by name: from the installed package, or from the checkout that the package is."""
+    folder = importlib.resources.files("rllib_pnn").joinpath("tuned_examples")
+    if not folder.is_dir():
+        checkout = Path(__file__).resolve().parent.parent / "tuned_examples"
+        if not checkout.is_dir():
+            raise RunFailed(f"the tuned examples are missing from the installation (neither {folder} nor {checkout})")
+        folder = checkout
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in files}
+
+
+def _one_run(path: Path) -> RunFolder:
+    runs = find_runs(path)
+    if len(runs) > 1:
+        raise InputError(f"{path}: holds {len(runs)} runs, choose one: {', '.join(str(run.path) for run in runs)}")
+    return runs[0]
+
+
+def _store(folder: RunFolder) -> ColumnStore:
+    from rllib_pnn.network.store import ColumnStore
+
+    store = ColumnStore(folder.columns)
+    if not store.exists():
+        raise InputError(f"{folder.path}: no column is frozen yet (there is no {folder.columns.name}/manifest.json)")
+    return store
+
+
+def _stores(path: Path) -> list[tuple[Path, ColumnStore]]:
+    """The column stores of a run, of an experiment's runs, or the one that `path` itself is."""
+    from rllib_pnn.network.store import MANIFEST, ColumnStore
+
+    if (path / MANIFEST).is_file():
+        return [(path, ColumnStore(path))]
+    return [(run.path, _store(run)) for run in find_runs(path)]
+
+
+def _console() -> Console:
+    """Standard output; wide lines where no terminal limits them."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for header in headers:
+        table.add_column(
+            header,
+            justify="left" if header in ("task", "environment", "fingerprint", "name", "shows", "run") else "right",
+            overflow="fold",
+        )
+    return table
+
+
+def _report(console: Console, outcomes: list[Outcome]) -> int:
+    """What came of the experiments, what to do next, and the exit code."""
+    code = DONE
+    for outcome in outcomes:
+        rows = _result_rows(outcome)
+        if rows:
+            table = _table("run", "task", "column", "steps", "return at freezing", "fingerprint")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+        run = outcome.runs[0].path if len(outcome.runs) == 1 else outcome.path
+        shown = _relative(run)
+        if outcome.stopped_by is not None:
+            code = code or 128 + outcome.stopped_by
+            console.print(f"Stopped. Go on with:  rllib train --resume {shown}", markup=False, soft_wrap=True)
+        elif outcome.failed:
+            code = FAILED
+            for failed in outcome.failed:
+                _fail(f"{_relative(failed.path)}: failed, see {_relative(failed.path / 'error.txt')}", FAILED)
+            console.print(f"Once that is mended:  rllib train --resume {shown}", markup=False, soft_wrap=True)
+        else:
+            console.print(f"Done. Run folder: {shown}", markup=False, soft_wrap=True)
+            if rows:
+                console.print(f"Next:  rllib evaluate {_relative(outcome.runs[0].path)}", markup=False, soft_wrap=True)
+            else:
+                console.print(f"Next:  tensorboard --logdir {shown}", markup=False, soft_wrap=True)
+    return code
+
+
+def _result_rows(outcome: Outcome) -> list[tuple[str, ...]]:
+    from rllib_pnn.network.store import ColumnStore
+
+    rows: list[tuple[str, ...]] = []
+    for run in outcome.runs:
+        for index, entry in enumerate(ColumnStore(run.columns).entries):
+            if entry.extra.get("source"):
+                continue  # it came with `columns_from`
+            rows.append(
+                (
+                    run.path.name,
+                    entry.task,
+                    str(index),
+                    "-" if entry.num_env_steps is None else f"{entry.num_env_steps:,}",
+                    "-" if entry.score is None else f"{entry.score:.2f}",
+                    entry.fingerprint[:12],
+                )
+            )
+    return rows
+
+
+def _relative(path: Path) -> str:
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The package's env ids. Importing this module makes them known to gymnasium.
+
+gymnasium has no plugin entry points since 1.0: a process knows an id once it has imported the module that
+registers it. `gymnasium.make("rllib_pnn.envs.registry:rllib_pnn/PongSoup-v0")` does both.
+
+Cheap to import on purpose: the env classes are named, not imported. No torch, no Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.envs.registration import register, registry
+
+ENV_IDS = (
+    "rllib_pnn/PongSoup-v0",
+    "rllib_pnn/Atari-v0",
+    "rllib_pnn/Labyrinth-v0",
+    "rllib_pnn/CartPoleSoup-v0",
+)
+"""Every id is both a `gymnasium.make` env and a native vector env with the same observations."""
+
+# id -> module, single env class, vector env class, step limit that gymnasium enforces
+_ENVS: dict[str, tuple[str, str, str, int | None]] = {
+    ENV_IDS[0]: ("rllib_pnn.envs.pong_soup", "PongSoupEnv", "PongSoupVectorEnv", None),
+    ENV_IDS[1]: ("rllib_pnn.envs.atari", "AtariGameEnv", "AtariGameVectorEnv", None),
+    ENV_IDS[2]: ("rllib_pnn.envs.labyrinth", "LabyrinthEnv", "LabyrinthVectorEnv", None),
+    ENV_IDS[3]: ("rllib_pnn.envs.cartpole_soup", "CartPoleSoupEnv", "CartPoleSoupVectorEnv", 500),
+}
+
+
+def register_envs() -> None:
+    """Makes the ids of `ENV_IDS` known to gymnasium; does nothing for those that it knows already."""
+    for env_id, (module, single, vector, max_episode_steps) in _ENVS.items():
+        if env_id not in registry:
+            register(
+                env_id,
+                entry_point=f"{module}:{single}",
+                vector_entry_point=f"{module}:{vector}",
+                max_episode_steps=max_episode_steps,
+            )
+
+
+def is_native_vector(env_id: str) -> bool:
+    """Whether `gymnasium.make_vec` can make `env_id` with `vectorization_mode="vector_entry_point"`."""
+    spec = registry.get(env_id)
+    return spec is not None and spec.vector_entry_point is not None
+
+
+def create_env(env_id: str, env_config: Mapping[str, Any] | None = None) -> gym.Env | gym.vector.VectorEnv:
+    """Makes an env as RLlib's env creators do: a batch if the config names `num_envs`, a single env if not.
+
+    `tune.register_env(env_id, functools.partial(create_env, env_id))` makes an id known to all EnvRunners of
+    a Ray cluster: they import this module when they load the creator.
+
+    Args:
+        env_id: Any id that gymnasium knows.
+        env_config: Options of the env; an RLlib `EnvContext` is one.
+
+    Raises:
+        ValueError: An option is unknown or its value is.
+        gymnasium.error.UnregisteredEnv: The id is unknown.
+    """
+    options = dict(env_config or {})
+    num_envs = options.pop("num_envs", None)
+    if num_envs is None:
+        return gym.make(env_id, **options)
+    return gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **options)
+
+
+register_envs()

@@ -1,0 +1,323 @@
+"""The folders that `rllib train` leaves. No Ray, no torch.
+
+    runs/pong-soup_2026-01-31_12-00-00/       an experiment: plan.json, which names its runs
+        seed_0/                               a run, which is Tune's trial folder
+            experiment.json                   what runs here: environment, algorithm, config, tasks
+            state.json                        its status and its complete checkpoints
+            result.json, progress.csv         one row a training iteration
+            events.out.tfevents.*             the same for TensorBoard
+            params.json                       the whole AlgorithmConfig
+            checkpoint_000007/ ...            RLlib's checkpoints, the last few
+            columns/                          the frozen columns (a ColumnStore)
+
+What a killed run leaves is enough to go on from: every file is moved into place whole, and a checkpoint counts once `state.json`
+names it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rllib_pnn.experiment.errors import InputError
+from rllib_pnn.experiment.spec import Experiment, Plan, load_experiment
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PLAN_FILE = "plan.json"
+EXPERIMENT_FILE = "experiment.json"
+STATE_FILE = "state.json"
+RESULT_FILE = "result.json"
+PROGRESS_FILE = "progress.csv"
+COLUMNS_FOLDER = "columns"
+
+Status = Literal["waiting", "running", "stopped", "failed", "finished"]
+Iteration = Annotated[int, Field(ge=0)]
+
+
+class CheckpointRecord(BaseModel):
+    """A complete checkpoint and the training iteration that it was taken after."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: Annotated[str, Field(pattern=r"^checkpoint_[0-9]+$")]
+    training_iteration: Iteration
+    time_total_s: float = 0.0
+
+    @property
+    def index(self) -> int:
+        return int(self.folder.rpartition("_")[2])
+
+
+class RunState(BaseModel):
+    """`state.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    status: Status = "waiting"
+    checkpoints: list[CheckpointRecord] = []
+
+
+class PlanFile(BaseModel):
+    """`plan.json`: the experiment's name, the file that it came from and its runs' folders."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["rllib_pnn.plan/1"] = "rllib_pnn.plan/1"
+    name: str
+    source: str
+    runs: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_=.+-]+$")]], Field(min_length=1)]
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: the folder; it holds `experiment.json`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def experiment(self) -> Experiment:
+        return load_experiment(self.path / EXPERIMENT_FILE)[1]
+
+    @property
+    def columns(self) -> Path:
+        """The folder of the run's column store; it exists once a column is frozen."""
+        return self.path / COLUMNS_FOLDER
+
+    @property
+    def state(self) -> RunState:
+        """Raises `InputError` if `state.json` is damaged; a run that never started has none."""
+        file = self.path / STATE_FILE
+        try:
+            return RunState.model_validate_json(file.read_bytes())
+        except FileNotFoundError:
+            return RunState()
+        except (OSError, ValidationError) as error:
+            raise InputError(f"{file}: damaged: {str(error).splitlines()[0]}") from None
+
+    @property
+    def checkpoints(self) -> list[CheckpointRecord]:
+        """The complete checkpoints that are still there, oldest first."""
+        return [record for record in self.state.checkpoints if (self.path / record.folder).is_dir()]
+
+    def set_status(self, status: Status) -> None:
+        write_json(self.path / STATE_FILE, self.state.model_copy(update={"status": status}).model_dump())
+
+    def add_checkpoint(self, record: CheckpointRecord) -> None:
+        """Notes a checkpoint that is complete on disk, and forgets those that were deleted."""
+        kept = [old for old in self.checkpoints if old.index < record.index]
+        write_json(self.path / STATE_FILE, self.state.model_copy(update={"checkpoints": [*kept, record]}).model_dump())
+
+    def last_result(self) -> dict[str, Any]:
+        """The last complete row of `result.json`; {} if there is none."""
+        try:
+            lines = (self.path / RESULT_FILE).read_text(encoding="utf-8").splitlines()
+        except (FileNotFoundError, UnicodeDecodeError):
+            return {}
+        for line in reversed(lines):
+            try:
+                return dict(json.loads(line))
+            except ValueError:
+                continue
+        return {}
+
+
+def create_experiment(storage: Path, plan: Plan) -> Path:
+    """Makes the folder of an experiment and of each of its runs; returns the experiment's.
+
+    Raises:
+        InputError: `storage` can't be written to. Nothing is left then.
+    """
+    try:
+        storage.mkdir(parents=True, exist_ok=True)
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+        for attempt in range(1000):
+            path = storage / (f"{plan.name.replace(' ', '-')}_{stamp}" + (f"_{attempt}" if attempt else ""))
+            try:
+                path.mkdir()
+                break
+            except FileExistsError:
+                continue
+        for name, experiment in plan.runs.items():
+            (path / name).mkdir()
+            write_json(path / name / EXPERIMENT_FILE, experiment.model_dump(mode="json"))
+        contents = PlanFile(name=plan.name, source=str(plan.source.path.absolute()), runs=list(plan.runs))
+        write_json(path / PLAN_FILE, contents.model_dump())
+    except OSError as error:
+        raise InputError(f"--storage {storage}: {error.filename or storage}: {error.strerror or error}") from None
+    return path
+
+
+def check_storage(storage: Path) -> None:
+    """Raises `InputError` unless folders can be made in `storage`. Makes nothing."""
+    ancestor = storage.absolute()
+    while not os.path.lexists(ancestor):
+        ancestor = ancestor.parent
+    if not ancestor.is_dir():
+        raise InputError(f"--storage {storage}: {ancestor} is not a folder")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise InputError(
+            f"--storage {storage}: no permission to write to {ancestor}; choose another folder with --storage DIR"
+        )
+
+
+def find_runs(path: Path) -> list[RunFolder]:
+    """The run folders that `path` names: itself, or those of an experiment.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if (path / EXPERIMENT_FILE).is_file():
+        return [RunFolder(path)]
+    if (path / PLAN_FILE).is_file():
+        return [RunFolder(path / name) for name in read_plan(path).runs]
+    if not path.exists():
+        raise InputError(f"{path}: no such folder, expected a run folder of `rllib train`")
+    if not path.is_dir():
+        raise InputError(f"{path}: a file, expected a run folder of `rllib train`")
+    below = sorted(file.parent for file in path.glob(f"*/{PLAN_FILE}"))
+    mend = f"; did you mean {below[-1]}?" if below else ""
+    raise InputError(
+        f"{path}: holds neither {EXPERIMENT_FILE} nor {PLAN_FILE}, expected a run folder of `rllib train`{mend}"
+    )
+
+
+def find_experiment(path: Path) -> tuple[Path, list[str]]:
+    """The experiment folder that `path` names, and the runs in it that are meant: all, or the one that `path` is."""
+    find_runs(path)
+    if (path / PLAN_FILE).is_file():
+        return path, read_plan(path).runs
+    parent = path.absolute().parent
+    if not (parent / PLAN_FILE).is_file():
+        raise InputError(f"{parent}: holds no {PLAN_FILE}, so the run in {path} can't be resumed there")
+    return parent, [path.absolute().name]
+
+
+def read_plan(path: Path) -> PlanFile:
+    """Reads `plan.json`. Raises `InputError` if it is damaged."""
+    file = path / PLAN_FILE
+    try:
+        return PlanFile.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise InputError(f"{file}: damaged: {str(error).splitlines()[0]}") from None
+
+
+def lock(path: Path) -> IO[str]:
+    """Keeps other processes from writing to an experiment's folder, until the returned file is closed or the process ends.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    file = (path / ".lock").open("a+", encoding="utf-8")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise InputError(f"{path}: in use by {holder}; stop it first") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()}")
+    file.flush()
+    return file
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    write_whole(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class ResultLog:
+    """Appends training results to `result.json` and `progress.csv`.
+
+    Unlike Tune's own loggers it writes into the run folder itself rather than copying a staging folder every so often, gives
+    `progress.csv` a column for every metric whenever it first appears (Tune fixes them at the first result, when no
+    episode has ended and no column is frozen), and takes back the rows after the checkpoint that a run resumes from.
+
+    Args:
+        path: the run folder.
+        training_iteration: the iteration that the run (re)starts after; later rows are taken back.
+    """
+
+    def __init__(self, path: Path, training_iteration: int = 0) -> None:
+        self._result_file = path / RESULT_FILE
+        self._progress_file = path / PROGRESS_FILE
+        rows = self._rewind(training_iteration)
+        self._header = list(dict.fromkeys(key for row in rows for key in row))
+        self._write_csv(rows)
+
+    def append(self, line: str, row: Mapping[str, Any]) -> None:
+        """Args: line: the result as JSON, in one line. row: its numbers and words, by "a/b" keys."""
+        with self._result_file.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        new = [key for key in row if key not in self._header]
+        if new:
+            old = self._read_csv()
+            self._header += new
+            self._write_csv([*old, row])
+        else:
+            with self._progress_file.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, self._header).writerow(row)
+
+    def _rewind(self, training_iteration: int) -> list[dict[str, Any]]:
+        try:
+            text = self._result_file.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            text = ""
+        kept = []
+        for line in text.split("\n"):
+            try:
+                iteration = json.loads(line)["training_iteration"]
+            except (ValueError, KeyError, TypeError):
+                continue  # the half line of a killed run
+            if iteration <= training_iteration:
+                kept.append(line)
+        if kept or text:
+            write_whole(self._result_file, "".join(line + "\n" for line in kept))
+        return [row for row in self._read_csv() if float(row.get("training_iteration") or "inf") <= training_iteration]
+
+    def _read_csv(self) -> list[dict[str, Any]]:
+        try:
+            text = self._progress_file.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        whole = text[: text.rfind("\n") + 1]
+        return [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(io.StringIO(whole, newline=""))]
+
+    def _write_csv(self, rows: list[Any]) -> None:
+        if not self._header:
+            self._progress_file.unlink(missing_ok=True)
+            return
+        buffer = io.StringIO(newline="")
+        writer = csv.DictWriter(buffer, self._header)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self._progress_file, buffer.getvalue())

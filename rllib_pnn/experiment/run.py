@@ -1,0 +1,510 @@
+"""Runs experiments on Ray Tune: `Experiment` -> `AlgorithmConfig` -> Tune -> run folder.
+
+Tune schedules the runs, restarts a run whose process dies from its last checkpoint, and keeps the last few checkpoints. What a
+run leaves is written here (see `rllib_pnn.experiment.folder`), and a killed run goes on from that alone: `Tuner.restore` would
+need Tune's own snapshot, which may be stale or half written, holds pickled code, and asks for the CPUs of the old cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.utils.annotations import override
+from ray.train._internal.session import _TrainingResult
+from ray.tune import Callback, Checkpoint, CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.experiment import Trial
+from ray.tune.logger import TBXLoggerCallback
+from ray.tune.result import SHOULD_CHECKPOINT, TIME_TOTAL_S, TRAINING_ITERATION
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.stopper import Stopper
+from ray.tune.utils import flatten_dict
+from ray.tune.utils.util import SafeFallbackEncoder
+from rich.console import Console
+
+from rllib_pnn.experiment.algorithm import Cluster, build_config, check_envs
+from rllib_pnn.experiment.errors import InputError, RunFailed
+from rllib_pnn.experiment.folder import (
+    CheckpointRecord,
+    ResultLog,
+    RunFolder,
+    check_storage,
+    create_experiment,
+    find_experiment,
+    lock,
+    read_plan,
+)
+from rllib_pnn.experiment.progress import Display, RunProgress
+from rllib_pnn.experiment.spec import METRIC_NAMES, Experiment, Plan, load_experiment
+from rllib_pnn.registration import register
+from rllib_pnn.training.progressive import make_progressive
+
+CHECKPOINT_EVERY_S = 60.0
+# A run whose process dies goes on from its last checkpoint, this many times; one that dies before its first
+# checkpoint would only die again.
+MAX_RESTARTS = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an experiment: its folder and the folders of its runs."""
+
+    path: Path
+    runs: list[RunFolder]
+    stopped_by: int | None = None
+
+    @property
+    def failed(self) -> list[RunFolder]:
+        return [run for run in self.runs if run.state.status == "failed"]
+
+
+def train(
+    plans: list[Plan], *, storage: Path, console: Console, ray_address: str | None = None, verbose: bool = False
+) -> Iterator[Outcome]:
+    """Runs the experiments of a tuned example, one after the other.
+
+    Args:
+        plans: what to run; all are checked before the first one starts.
+        storage: where the experiments' folders go.
+        console: shows progress.
+        ray_address: a cluster to join; None: a local one, or the one that `RAY_ADDRESS` names.
+        verbose: Ray's and Tune's own output too.
+
+    Raises:
+        InputError: something can't run. Nothing was started or written then.
+    """
+    check_storage(storage)
+    with _ray(ray_address, verbose):
+        configs = [_configs(plan) for plan in plans]
+        for plan, config in zip(plans, configs, strict=True):
+            path = create_experiment(storage.absolute(), plan)
+            with lock(path):
+                outcome = _run(plan, path, config, console, verbose)
+            yield outcome
+            if outcome.stopped_by is not None:
+                return
+
+
+def resume(path: Path, *, console: Console, ray_address: str | None = None, verbose: bool = False) -> Outcome:
+    """Goes on with the unfinished runs of an experiment, or with the one run that `path` is, from their last checkpoints.
+
+    Raises:
+        InputError: `path` is no experiment or run folder, or it can't run here. Nothing was changed then.
+    """
+    path, names = find_experiment(path)
+    experiments = {name: load_experiment(path / name / "experiment.json") for name in names}
+    source = next(iter(experiments.values()))[0]
+    plan = Plan(read_plan(path).name, source, {name: experiment for name, (_, experiment) in experiments.items()})
+    with lock(path):
+        unfinished = {name: e for name, e in plan.runs.items() if RunFolder(path / name).state.status != "finished"}
+        if not unfinished:
+            return Outcome(path, [RunFolder(path / name) for name in names])
+        plan = Plan(plan.name, source, unfinished)
+        with _ray(ray_address, verbose):
+            outcome = _run(plan, path.absolute(), _configs(plan), console, verbose)
+    return Outcome(path, [RunFolder(path / name) for name in names], outcome.stopped_by)
+
+
+def make_config(plan: Plan, experiment: Experiment, cluster: Cluster, *, num_runs: int = 1) -> AlgorithmConfig:
+    """The config of one run, progressive if the experiment is.
+
+    Raises:
+        InputError: one line that says where in the file, what was expected, what came and the mend.
+    """
+    config = build_config(plan, experiment, cluster, num_runs=num_runs)
+    progressive = experiment.progressive
+    if progressive is None:
+        if config.is_online and not config.is_multi_agent:
+            check_envs(plan, experiment)
+        return config
+    arguments = progressive.model_dump(exclude={"tasks"})
+    tasks = [task.model_dump(exclude_none=True) for task in progressive.tasks]
+    try:
+        return make_progressive(config, tasks=tasks, **arguments)
+    except Exception as error:  # an environment's constructor may raise anything
+        raise plan.progressive_error(error) from None
+
+
+# -- Ray -----------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _ray(address: str | None, verbose: bool) -> Iterator[None]:
+    """Connected to a cluster; one that is there already is used and left as it is."""
+    if ray.is_initialized():
+        register()
+        with _quiet(verbose):
+            yield
+        return
+    level = "INFO" if verbose else "CRITICAL"
+    try:
+        ray.init(
+            address=address, include_dashboard=None if address else False, log_to_driver=verbose, logging_level=level
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if address is None:
+            raise RunFailed(f"Ray does not start: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"--ray-address {address}: {' '.join(str(error).split())[:300]}") from None
+    try:
+        register()
+        with _quiet(verbose):
+            yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet(verbose: bool) -> Iterator[None]:
+    """Without log messages of Ray, Tune and RLlib in this process, unless verbose; what counts is shown in other ways."""
+    before = logging.root.manager.disable
+    logging.disable(before if verbose else logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _configs(plan: Plan) -> dict[str, AlgorithmConfig]:
+    cluster = Cluster.connected()
+    return {name: make_config(plan, e, cluster, num_runs=len(plan.runs)) for name, e in plan.runs.items()}
+
+
+def _run(plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], console: Console, verbose: bool) -> Outcome:
+    """Runs the runs of one experiment until all are finished, failed or stopped by a signal."""
+    folders = {name: RunFolder(path / name) for name in plan.runs}
+    first = next(iter(plan.runs.values()))
+    config = next(iter(configs.values()))
+    checkpoints = first.checkpoint_config
+    display = Display(console, plan.name, [RunProgress(name, e) for name, e in plan.runs.items()])
+    searcher = _Runs({name: config.to_dict() for name, config in configs.items()})
+    assert config.algo_class is not None
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_StopSignal(display))
+        stack.enter_context(_RayWatch(display, stop, path))
+        tuner = Tuner(
+            config.algo_class,
+            tune_config=TuneConfig(
+                num_samples=len(configs),
+                search_alg=searcher,
+                scheduler=_StoppableScheduler(folders, searcher.names, stop),
+                trial_dirname_creator=lambda trial: searcher.names[trial.trial_id],
+                trial_name_creator=lambda trial: searcher.names[trial.trial_id],
+            ),
+            run_config=RunConfig(
+                name=path.name,
+                storage_path=str(path.parent),
+                stop=_StopAt({METRIC_NAMES.get(key, key): value for key, value in first.stop.items()}),
+                failure_config=FailureConfig(max_failures=0),
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=checkpoints.num_to_keep,
+                    checkpoint_frequency=checkpoints.checkpoint_frequency,
+                    checkpoint_at_end=checkpoints.checkpoint_at_end,
+                ),
+                callbacks=[
+                    _TensorBoard(),
+                    _RunFolderCallback(
+                        folders, display, every_s=0 if checkpoints.checkpoint_frequency else CHECKPOINT_EVERY_S
+                    ),
+                ],
+                verbose=1 if verbose else 0,
+            ),
+        )
+        display.say(_headline(plan, config, path))
+        stack.enter_context(display)
+        tuner.fit()
+    return Outcome(path, list(folders.values()), stop.signal)
+
+
+def _headline(plan: Plan, config: AlgorithmConfig, path: Path) -> str:
+    experiment = next(iter(plan.runs.values()))
+    tasks = experiment.progressive.tasks if experiment.progressive else []
+    where = path if len(plan.runs) > 1 else path / next(iter(plan.runs))
+    with contextlib.suppress(ValueError):
+        where = where.relative_to(Path.cwd())
+    return (
+        f"{plan.name}: {experiment.run} on {experiment.env}"
+        + (f", {len(tasks)} task{'s' if len(tasks) != 1 else ''}" if tasks else "")
+        + (f", {len(plan.runs)} runs" if len(plan.runs) > 1 else "")
+        + f", {config.num_env_runners} env runners x {config.num_envs_per_env_runner} environments"
+        + f"\nrun folder: {where}"
+    )
+
+
+# -- Tune's pieces -------------------------------------------------------------------------------------------------------
+
+
+class _Runs(Searcher):
+    """Hands Tune the configs that were made and checked beforehand, one a trial.
+
+    `names` maps Tune's trial ids to the names of the runs.
+    """
+
+    def __init__(self, configs: Mapping[str, dict[str, Any]]) -> None:
+        super().__init__()
+        self.names: dict[str, str] = {}
+        self._configs = dict(configs)
+
+    @override(Searcher)
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        left = [name for name in self._configs if name not in self.names.values()]
+        if not left:
+            return Searcher.FINISHED
+        self.names[trial_id] = left[0]
+        return self._configs[left[0]]
+
+    @override(Searcher)
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        pass
+
+    @override(Searcher)
+    def save(self, checkpoint_path: str) -> None:
+        pass  # the run folders hold everything
+
+    @override(Searcher)
+    def restore(self, checkpoint_path: str) -> None:
+        pass
+
+
+class _StopAt(Stopper):
+    """Ends a run whose result reaches one of the metrics in `stop` (keys like `env_runners/episode_return_mean`)."""
+
+    def __init__(self, stop: Mapping[str, float]) -> None:
+        self._stop = dict(stop)
+
+    @override(Stopper)
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        flat = flatten_dict(result)
+        return any((value := flat.get(key)) is not None and value >= bound for key, bound in self._stop.items())
+
+    @override(Stopper)
+    def stop_all(self) -> bool:
+        return False
+
+
+class _StopSignal:
+    """Catches SIGINT, SIGTERM and SIGHUP: the first asks for a checkpoint and an end, the second ends at once."""
+
+    def __init__(self, display: Display) -> None:
+        self.signal: int | None = None
+        self._display = display
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._old[number] = signal.signal(number, self._caught)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _caught(self, number: int, frame: object) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        self._display.say("Stopping: each run ends its iteration and writes a checkpoint (once more to stop without).")
+
+
+class _RayWatch:
+    """Ends this process if the Ray that it started dies (killed with the whole process group, out of memory).
+
+    Ray would print its own obituary a minute later and leave no word of how to go on.
+    """
+
+    def __init__(self, display: Display, stop: _StopSignal, path: Path) -> None:
+        self._display = display
+        self._stop = stop
+        self._path = path
+        self._over = threading.Event()
+        self._node = getattr(ray._private.worker, "_global_node", None)
+
+    def __enter__(self) -> None:
+        if self._node is not None:
+            threading.Thread(target=self._watch, name="ray-watch", daemon=True).start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(1.0):
+            dead = [name for name, _ in self._node.dead_processes()]
+            if dead and not self._over.wait(1.0):
+                self._display.__exit__()
+                self._display.say(f"Ray died ({', '.join(dead)}). Go on with:  rllib train --resume {self._path}")
+                os._exit(1 if self._stop.signal is None else 128 + self._stop.signal)
+
+
+class _StoppableScheduler(FIFOScheduler):
+    """Runs trials in order. Starts one from its last checkpoint if it has one, and pauses all once a signal came.
+
+    Tune's own handling of SIGINT saves the state of the experiment but takes no checkpoint of its trials.
+    """
+
+    def __init__(self, folders: Mapping[str, RunFolder], names: Mapping[str, str], stop: _StopSignal) -> None:
+        super().__init__()
+        self._folders = folders
+        self._names = names
+        self._stop = stop
+
+    @override(FIFOScheduler)
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        if trial.checkpoint is not None:
+            return  # a restart within this session; Tune knows the checkpoint itself
+        folder = self._folders[self._names[trial.trial_id]]
+        for record in folder.checkpoints:
+            trial.storage.current_checkpoint_index = record.index - 1  # `on_checkpoint` counts it up
+            metrics = {TRAINING_ITERATION: record.training_iteration, TIME_TOTAL_S: record.time_total_s}
+            trial.on_checkpoint(_TrainingResult(Checkpoint.from_directory(str(folder.path / record.folder)), metrics))
+        # A kill may have left a checkpoint half written; the next one takes its place.
+        known = {record.folder for record in folder.checkpoints}
+        for path in folder.path.glob("checkpoint_*"):
+            if path.is_dir() and path.name not in known:
+                shutil.rmtree(path, ignore_errors=True)
+        if trial.checkpoint is not None:
+            trial.max_failures = MAX_RESTARTS
+
+    @override(FIFOScheduler)
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        return TrialScheduler.PAUSE if self._stop.signal is not None else TrialScheduler.CONTINUE
+
+    @override(FIFOScheduler)
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        if self._stop.signal is None:
+            return super().choose_trial_to_run(tune_controller)
+        if not any(trial.status == Trial.RUNNING for trial in tune_controller.get_trials()):
+            signal.raise_signal(signal.SIGUSR1)  # ends Tune's loop; it listens to this one always
+        return None
+
+
+class _TensorBoard(TBXLoggerCallback):
+    """Writes event files into the run folder itself rather than into Tune's staging folder."""
+
+    @override(TBXLoggerCallback)
+    def log_trial_start(self, trial: Trial) -> None:
+        if trial in self._trial_writer:
+            self._trial_writer[trial].close()
+        self._trial_writer[trial] = self._summary_writer_cls(trial.path, flush_secs=30)
+        self._trial_result[trial] = {}
+
+
+class _RunFolderCallback(Callback):
+    """Keeps the run folders and the display up to date, and asks for checkpoints by the clock."""
+
+    def __init__(self, folders: Mapping[str, RunFolder], display: Display, *, every_s: float) -> None:
+        self._folders = folders
+        self._display = display
+        self._progress = {run.name: run for run in display.runs}
+        self._every_s = every_s
+        self._logs: dict[str, ResultLog] = {}
+        self._last_checkpoint: dict[str, float] = {}
+        self._start_next()
+
+    @override(Callback)
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        name = str(trial)
+        folder = self._folders[name]
+        checkpoint = trial.latest_checkpoint_result
+        done = int(checkpoint.metrics.get(TRAINING_ITERATION, 0)) if checkpoint else 0
+        self._logs[name] = ResultLog(folder.path, done)
+        (folder.path / "params.json").write_text(
+            json.dumps(trial.config, cls=SafeFallbackEncoder, indent=2, sort_keys=True), encoding="utf-8"
+        )
+        (folder.path / "error.txt").unlink(missing_ok=True)
+        folder.set_status("running")
+        self._last_checkpoint[name] = time.monotonic()
+        self._progress[name].started("resuming" if checkpoint else "starting")
+        if checkpoint:
+            self._display.say(f"{name}: goes on after iteration {done}, from {Path(checkpoint.checkpoint.path).name}")
+
+    @override(Callback)
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        name = str(trial)
+        kept = {key: value for key, value in result.items() if key != "config"}  # params.json has it
+        flat = flatten_dict(kept)
+        row = {
+            key: value for key, value in flat.items() if isinstance(value, str | int | float) or hasattr(value, "item")
+        }
+        self._logs[name].append(json.dumps(kept, cls=SafeFallbackEncoder), row)
+        now = self._progress[name].update(result)
+        frozen = self._progress[name].frozen(result)
+        if frozen:
+            self._display.say(frozen)
+        if self._every_s and time.monotonic() - self._last_checkpoint[name] >= self._every_s:
+            result[SHOULD_CHECKPOINT] = True
+        self._display.changed(self._progress[name], now=now)
+
+    @override(Callback)
+    def on_checkpoint(
+        self, iteration: int, trials: list[Trial], trial: Trial, checkpoint: Checkpoint, **info: Any
+    ) -> None:
+        result = trial.last_result
+        self._folders[str(trial)].add_checkpoint(
+            CheckpointRecord(
+                folder=Path(checkpoint.path).name,
+                training_iteration=int(result.get(TRAINING_ITERATION, 0)),
+                time_total_s=float(result.get(TIME_TOTAL_S, 0.0)),
+            )
+        )
+        self._last_checkpoint[str(trial)] = time.monotonic()
+        trial.max_failures = MAX_RESTARTS
+
+    @override(Callback)
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._folders[str(trial)].set_status("finished")
+        self._progress[str(trial)].phase = "finished"
+        self._start_next()
+
+    @override(Callback)
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._keep_error(trial)
+        self._display.say(f"{trial}: died ({_reason(trial)}); starting it again from its last checkpoint")
+
+    @override(Callback)
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._keep_error(trial)
+        self._folders[str(trial)].set_status("failed")
+        self._progress[str(trial)].phase = "failed"
+        self._start_next()
+        self._display.say(f"{trial}: failed: {_reason(trial)}")
+
+    @override(Callback)
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        for name in self._logs:
+            if self._folders[name].state.status == "running":
+                self._folders[name].set_status("stopped")
+
+    def _start_next(self) -> None:
+        """Tune starts runs in order and tells only when one has started, seconds later."""
+        waiting = [run for run in self._display.runs if run.phase == "waiting"]
+        if waiting:
+            waiting[0].phase = "starting"
+
+    def _keep_error(self, trial: Trial) -> None:
+        if trial.error_file and Path(trial.error_file).is_file():
+            shutil.copyfile(trial.error_file, self._folders[str(trial)].path / "error.txt")
+
+
+def _reason(trial: Trial) -> str:
+    """The last line of a trial's traceback."""
+    with contextlib.suppress(OSError, TypeError):
+        lines = [line.strip() for line in Path(str(trial.error_file)).read_text(encoding="utf-8").splitlines()]
+        return next((line for line in reversed(lines) if line), "unknown")[:300]
+    return "unknown"

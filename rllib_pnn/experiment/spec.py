@@ -1,0 +1,568 @@
+"""A tuned example as an experiment: YAML in, validated `Experiment` out. No Ray, no torch, and nothing from the file is run.
+
+The format is RLlib's (`run`, `env`, `stop`, `num_samples`, `config`) plus the `progressive` block; without that block it is an
+ordinary RLlib experiment. Keys of `config` are checked against the algorithm in `rllib_pnn.experiment.algorithm`, for only RLlib
+knows them; everything else is checked here.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import random
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from rllib_pnn.experiment.errors import InputError, did_you_mean, short
+from rllib_pnn.experiment.source import KeyPath, Source, as_word, read_yaml
+
+# What `run` may name, the algorithms of RLlib's registry and this package's own. The progressive ones learn by policy gradient on
+# RLlib's new API stack, which is what a progressive module is made for.
+ALGORITHMS = ("A3C", "APPO", "BC", "CQL", "DQN", "DreamerV3", "IMPALA", "IQL", "MARWIL", "PPO", "SAC")
+PROGRESSIVE_ALGORITHMS = ("A3C", "APPO", "IMPALA", "PPO")
+
+# `config: {training: {lr: ...}}` is `config: {lr: ...}`, as in `PPOConfig().training(lr=...)`.
+SECTIONS = (
+    "api_stack",
+    "callbacks",
+    "checkpointing",
+    "debugging",
+    "env_runners",
+    "environment",
+    "evaluation",
+    "experimental",
+    "fault_tolerance",
+    "framework",
+    "learners",
+    "multi_agent",
+    "offline_data",
+    "reporting",
+    "resources",
+    "rl_module",
+    "training",
+)
+
+# Names of metrics in older tuned examples, and what the new API stack calls them.
+METRIC_NAMES = {
+    "episode_reward_mean": "env_runners/episode_return_mean",
+    "episode_return_mean": "env_runners/episode_return_mean",
+    "sampler_results/episode_reward_mean": "env_runners/episode_return_mean",
+    "env_runners/episode_reward_mean": "env_runners/episode_return_mean",
+    "evaluation/episode_reward_mean": "evaluation/env_runners/episode_return_mean",
+    "evaluation/sampler_results/episode_reward_mean": "evaluation/env_runners/episode_return_mean",
+    "num_env_steps_sampled": "num_env_steps_sampled_lifetime",
+    "num_env_steps": "num_env_steps_sampled_lifetime",
+    "timesteps_total": "num_env_steps_sampled_lifetime",
+}
+
+MAX_RUNS = 1000
+MAX_SEED = 2**31 - 1
+
+Architecture = Literal["progressive", "scratch", "finetune_heads", "finetune_all", "random_column"]
+Lateral = Literal["adapter", "linear", "none"]
+
+_SEARCHES = ("grid_search", "choice", "uniform", "loguniform", "randint")
+_ALIASES = {
+    "algorithm": "run",
+    "algo": "run",
+    "trainable": "run",
+    "environment": "env",
+    "env_id": "env",
+    "stopping_criterion": "stop",
+    "samples": "num_samples",
+    "seeds": "num_samples",
+    "steps": "num_env_steps",
+    "timesteps_total": "num_env_steps",
+    "num_steps": "num_env_steps",
+    "episode_reward_mean": "episode_return_mean",
+    "reward": "episode_return_mean",
+    "alpha": "lateral_scale",
+    "columns": "column",
+    "sequence": "tasks",
+    "id": "name",
+    "stop": "until",
+    "checkpoint_freq": "checkpoint_frequency",
+    "keep_checkpoints_num": "num_to_keep",
+}
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"expected a number, got {short(value)}")
+    return value
+
+
+def _count(value: Any, least: int = 1) -> int:
+    """A whole number; 4.0e+6 is one, as YAML has no other way to write four million shortly."""
+    number = value if not isinstance(value, bool) and isinstance(value, int | float) else math.nan
+    if not math.isfinite(number) or number != int(number) or number < least:
+        raise ValueError(f"expected a whole number of at least {least}, got {short(value)}")
+    return int(number)
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"expected a name, got {short(value)}")
+    return value
+
+
+def _task_name(value: Any) -> str:
+    # It becomes a part of metric names (`columns/<task>/...`) and of file names.
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", value):
+        raise ValueError(f"expected a name of letters, digits, '_', '.' and '-', got {short(value)}")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[int, BeforeValidator(_count)]
+NonNegative = Annotated[int, BeforeValidator(lambda value: _count(value, 0))]
+Word = Annotated[str, BeforeValidator(_word)]
+Mapped = dict[str, Any]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class UntilSpec(_Model):
+    """When a task ends: at this mean return per episode (unclipped) or after this many env steps, whichever comes first."""
+
+    episode_return_mean: Number | None = None
+    num_env_steps: Positive | None = None
+
+    @model_validator(mode="after")
+    def _ends(self) -> UntilSpec:
+        if self.episode_return_mean is None and self.num_env_steps is None:
+            raise ValueError(
+                "expected episode_return_mean, num_env_steps or both, got neither: the task would never end"
+            )
+        return self
+
+
+class TaskSpec(_Model):
+    """One task of the sequence: its name, the `env_config` that makes the environment, and when it ends."""
+
+    name: Annotated[str, BeforeValidator(_task_name)]
+    env_config: Mapped = {}
+    until: UntilSpec
+
+
+class ProgressiveSpec(_Model):
+    """The `progressive` block; its keys are the arguments of `rllib_pnn.make_progressive`."""
+
+    column: str | list[Any] = "atari"
+    lateral: Lateral = "adapter"
+    lateral_scale: Number = 0.1
+    lateral_heads: bool = True
+    architecture: Architecture = "progressive"
+    columns_from: Word | None = None
+    evaluation_episodes: NonNegative = 10
+    tasks: Annotated[list[TaskSpec], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ProgressiveSpec:
+        first: dict[str, int] = {}
+        for index, task in enumerate(self.tasks):
+            if task.name in first:
+                raise ValueError(
+                    f"tasks[{index}].name: '{task.name}' names tasks[{first[task.name]}] already; every task needs its own name"
+                )
+            first[task.name] = index
+        return self
+
+
+class CheckpointSpec(_Model):
+    """Tune's `checkpoint_config`.
+
+    `checkpoint_frequency` counts training iterations; 0 means once a minute. A progressive run also checkpoints at every
+    task's end.
+    """
+
+    checkpoint_frequency: NonNegative = 0
+    num_to_keep: Positive = 3
+    checkpoint_at_end: bool = True
+
+
+class Experiment(_Model):
+    """One run, of one seed: what `experiment.json` in the run folder holds."""
+
+    name: Word
+    run: Word
+    env: Word | None = None
+    stop: dict[str, Number] = {}
+    config: Mapped = {}
+    progressive: ProgressiveSpec | None = None
+    checkpoint_config: CheckpointSpec = CheckpointSpec()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Experiment:
+        if self.run not in ALGORITHMS:
+            raise ValueError(
+                f"run: unknown algorithm {short(self.run)}, known are {', '.join(ALGORITHMS)}"
+                + did_you_mean(self.run, ALGORITHMS)
+            )
+        if self.progressive is not None:
+            if self.run not in PROGRESSIVE_ALGORITHMS:
+                raise ValueError(
+                    f"run: {self.run} can't be progressive, expected one of {', '.join(PROGRESSIVE_ALGORITHMS)}"
+                )
+            if self.env is None:
+                raise ValueError("env: missing, expected the id of an environment")
+        for metric, value in self.stop.items():
+            if (
+                METRIC_NAMES.get(metric, metric).startswith(("num_env_steps", "training_iteration", "time_"))
+                and value <= 0
+            ):
+                raise ValueError(f"stop.{metric}: expected a number above 0, got {value:g}")
+        return self
+
+    @property
+    def seed(self) -> int | None:
+        return self.config.get("seed")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One experiment of a file: its runs (seeds and search values) and where each key stands in the file.
+
+    `runs` maps the name of a run's folder to its experiment; `root` is where the experiment stands in the file.
+    """
+
+    name: str
+    source: Source
+    runs: dict[str, Experiment]
+    root: KeyPath = ()
+    _sections: dict[str, str] = field(default_factory=dict)
+
+    def error(self, where: KeyPath, message: str) -> InputError:
+        """An `InputError` about the key path `where` of an `Experiment`, told in the file's own lines and keys."""
+        if len(where) > 1 and where[0] == "config" and where[1] in self._sections:
+            where = ("config", self._sections[str(where[1])], *where[1:])
+        return self.source.error((*self.root, *where), message)
+
+    def progressive_error(self, error: Exception) -> InputError:
+        """A complaint of `make_progressive` (`tasks[2] ('h_flip'): ...`), told where in the file it belongs."""
+        message = " ".join(str(error).split()) or type(error).__name__
+        match = re.match(r"(\w+)(?:\[(\d+)\])?(?: \('[^']*'\))?(?:\.(\w+))?: ", message)
+        where: KeyPath = ("progressive",)
+        if match and match[1] in ProgressiveSpec.model_fields:
+            where += (match[1],) if match[2] is None else (match[1], int(match[2]))
+            where += (match[3],) if match[3] else ()
+            message = message[match.end() :]
+        return self.error(where, message)
+
+
+def load_plans(path: Path | str) -> list[Plan]:
+    """Reads a tuned example: one `Plan` an experiment in the file.
+
+    Raises:
+        InputError: one line that names the file, the line, the key, what was expected, what came and the mend.
+    """
+    source = read_yaml(Path(path))
+    if not isinstance(source.data, Mapping) or not source.data:
+        raise source.error(
+            (), f"expected experiments by name (`my-experiment: {{run: PPO, ...}}`), got {short(source.data)}"
+        )
+    if "run" in source.data and not isinstance(source.data["run"], Mapping):
+        raise source.error(
+            ("run",), "expected experiments by name; put the whole file under one (`my-experiment: {run: ...}`)"
+        )
+    return [_plan(source, name, body) for name, body in source.data.items()]
+
+
+def load_experiment(path: Path) -> tuple[Source, Experiment]:
+    """Reads the `experiment.json` of a run folder.
+
+    Raises:
+        InputError: it is missing or is not an experiment of this package.
+    """
+    source = read_yaml(path)  # JSON is YAML
+    return source, _validate(source, (), source.data, {})
+
+
+# -- from raw data to experiments ----------------------------------------------------------------------------------------
+
+
+def _plan(source: Source, name: Any, body: Any) -> Plan:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,99}", name):
+        raise source.error((as_word(name),), "expected an experiment's name of letters, digits, '_', '.' and '-'")
+    if not isinstance(body, Mapping):
+        raise source.error((name,), f"expected a mapping with run, env, config, ..., got {short(body)}")
+    raw = {as_word(key): copy.deepcopy(value) for key, value in body.items()}
+    num_samples = _checked(source, (name, "num_samples"), raw.pop("num_samples", 1))
+    raw["name"] = name
+    sections = _flatten_config(source, name, raw)
+    _old_checkpoint_keys(raw)
+
+    runs: dict[str, Experiment] = {}
+    for folder, values in _variants(source, name, raw, num_samples):
+        runs[folder] = _validate(source, (name,), values, sections)
+    return Plan(name, source, runs, (name,), sections)
+
+
+def _checked(source: Source, where: KeyPath, value: Any) -> int:
+    try:
+        return _count(value)
+    except ValueError as error:
+        raise source.error(where, str(error)) from None
+
+
+def _flatten_config(source: Source, name: str, raw: dict[str, Any]) -> dict[str, str]:
+    """`config: {training: {lr: 1}}` becomes `config: {lr: 1}`; returns the section of every key that had one."""
+    config = raw.get("config")
+    if config is None:
+        raw["config"] = {}
+        return {}
+    if not isinstance(config, dict):
+        raise source.error((name, "config"), f"expected a mapping of AlgorithmConfig keys, got {short(config)}")
+    flat: dict[str, Any] = {}
+    sections: dict[str, str] = {}
+    for key, value in config.items():
+        inner = value if key in SECTIONS and key != "callbacks" and isinstance(value, dict) else {key: value}
+        for inner_key, inner_value in inner.items():
+            if inner_key in flat:
+                raise source.error(
+                    (name, "config", key, inner_key) if inner is value else (name, "config", key),
+                    f"'{inner_key}' is given twice, the other time "
+                    + (f"in {sections[inner_key]}" if inner_key in sections else "directly in config"),
+                )
+            flat[as_word(inner_key)] = inner_value
+            if inner is value:
+                sections[as_word(inner_key)] = key
+    if "env" in flat:
+        if raw.get("env") not in (None, flat["env"]):
+            raise source.error((name, "config", "env"), f"{short(flat['env'])} contradicts env: {short(raw['env'])}")
+        raw["env"] = flat.pop("env")
+    raw["config"] = flat
+    return sections
+
+
+def _old_checkpoint_keys(raw: dict[str, Any]) -> None:
+    """Older files keep Tune's checkpoint settings beside `run`."""
+    names = {
+        "checkpoint_freq": "checkpoint_frequency",
+        "keep_checkpoints_num": "num_to_keep",
+        "checkpoint_at_end": None,
+    }
+    found = {new or old: raw.pop(old) for old, new in names.items() if old in raw}
+    if found and isinstance(raw.get("checkpoint_config", {}), dict):
+        raw["checkpoint_config"] = {**found, **raw.get("checkpoint_config", {})}
+
+
+def _validate(source: Source, root: KeyPath, values: Any, sections: dict[str, str]) -> Experiment:
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        where, message = _explain(error)
+        if len(where) > 1 and where[0] == "config" and where[1] in sections:
+            where = ("config", sections[str(where[1])], *where[1:])
+        raise source.error((*root, *where), message) from None
+
+
+# -- seeds and search values ---------------------------------------------------------------------------------------------
+
+
+def _variants(source: Source, name: str, raw: dict[str, Any], num_samples: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The runs of an experiment: every combination of its `grid_search` lists, `num_samples` times, each with its own seed."""
+    searches = [
+        (where, kind, argument)
+        for part in ("config", "progressive")
+        for where, kind, argument in _find_searches(source, (name,), (part,), raw.get(part))
+    ]
+    for where, kind, _ in searches:
+        if where[0] == "progressive" and where[1] == "tasks":
+            raise source.error((name, *where), f"{kind} can't vary the tasks; give them as one sequence")
+    grids = [[(where, value) for value in argument] for where, kind, argument in searches if kind == "grid_search"]
+    count = num_samples * math.prod(len(grid) for grid in grids)
+    if count > MAX_RUNS:
+        raise source.error((name,), f"num_samples and grid_search make {count} runs, expected at most {MAX_RUNS}")
+    first_seed = raw["config"].get("seed", 0)
+    seed_is_searched = any(where == ("config", "seed") for where, _, _ in searches)
+    if not seed_is_searched and first_seed is not None:
+        try:
+            first_seed = _count(first_seed, 0)
+            if first_seed + num_samples > MAX_SEED:
+                raise ValueError(f"expected a seed below 2**31, got {first_seed}")
+        except ValueError as error:
+            raise source.error((name, "config", "seed"), str(error)) from None
+
+    folders: set[str] = set()
+    for combination in itertools.product(*grids):
+        for sample in range(num_samples):
+            values = copy.deepcopy(raw)
+            if not seed_is_searched and first_seed is not None:
+                values["config"]["seed"] = first_seed + sample
+            generator = random.Random(f"{name}/{first_seed}/{sample}")
+            chosen = list(combination)
+            chosen += [
+                (where, _draw(kind, argument, generator)) for where, kind, argument in searches if kind != "grid_search"
+            ]
+            for where, value in chosen:
+                _replace(values, where, value)
+            folder = _folder_name(chosen, values["config"].get("seed"), sample if num_samples > 1 else None)
+            if folder in folders:
+                folder += f"_{len(folders)}"
+            folders.add(folder)
+            yield folder, values
+
+
+def _find_searches(
+    source: Source, root: KeyPath, where: KeyPath, value: Any
+) -> Iterator[tuple[KeyPath, str, list[Any]]]:
+    if isinstance(value, dict):
+        kind = next(iter(value)) if len(value) == 1 else None
+        if kind in _SEARCHES:
+            argument = value[kind]
+            try:
+                _check_search(str(kind), argument)
+            except ValueError as error:
+                raise source.error((*root, *where, str(kind)), str(error)) from None
+            yield where, str(kind), argument
+            return
+        for key, item in value.items():
+            yield from _find_searches(source, root, (*where, key), item)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _find_searches(source, root, (*where, index), item)
+
+
+def _check_search(kind: str, argument: Any) -> None:
+    if not isinstance(argument, list) or not argument:
+        raise ValueError(f"expected a list of values, got {short(argument)}")
+    if kind in ("uniform", "loguniform", "randint"):
+        if len(argument) != 2:
+            raise ValueError(f"expected [lowest, highest], got {short(argument)}")
+        low, high = (_count(value, 0) if kind == "randint" else _number(value) for value in argument)
+        if not low < high or (kind == "loguniform" and low <= 0):
+            raise ValueError(
+                f"expected [lowest, highest]{' above 0' if kind == 'loguniform' else ''}, got {short(argument)}"
+            )
+
+
+def _draw(kind: str, argument: list[Any], generator: random.Random) -> Any:
+    if kind == "choice":
+        return generator.choice(argument)
+    if kind == "randint":
+        return generator.randrange(int(argument[0]), int(argument[1]))
+    if kind == "uniform":
+        return generator.uniform(*argument)
+    return math.exp(generator.uniform(*(math.log(bound) for bound in argument)))
+
+
+def _replace(values: Any, where: KeyPath, value: Any) -> None:
+    for part in where[:-1]:
+        values = values[part]
+    values[where[-1]] = copy.deepcopy(value)
+
+
+def _folder_name(chosen: list[tuple[KeyPath, Any]], seed: Any, sample: int | None) -> str:
+    parts = []
+    for where, value in chosen:
+        if where == ("config", "seed"):
+            continue
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        parts.append(f"{where[-1]}={re.sub(r'[^A-Za-z0-9.+-]+', '-', text)[:40]}")
+    if seed is not None:
+        parts.append(f"seed_{seed}")
+    elif sample is not None:
+        parts.append(f"run_{sample}")
+    return "_".join(parts)[:180] or "run_0"
+
+
+# -- pydantic's errors as one line ---------------------------------------------------------------------------------------
+
+_EXPECTED = {
+    "bool": "true or false",
+    "dict": "a mapping",
+    "float": "a number",
+    "int": "a whole number",
+    "list": "a list",
+    "model": "a mapping",
+    "string": "text",
+}
+
+
+def _explain(error: ValidationError) -> tuple[KeyPath, str]:
+    """The key path and message of the first error, and how many more there are."""
+    # A misspelt key is also a missing one; the spelling is what to mend.
+    errors = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
+    first = errors[0]
+    where = tuple(part for part in first["loc"] if not _is_type_tag(part))
+    kind, value = str(first["type"]), first.get("input")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if kind == "missing":
+        message = f"missing, expected {_DESCRIPTIONS.get(str(where[-1]), 'a value')}"
+    elif kind == "extra_forbidden":
+        known = _fields_at(where[:-1])
+        aliases = {alias: key for alias, key in _ALIASES.items() if key in known}
+        mend = did_you_mean(where[-1], known, aliases) or f"; known are {', '.join(known)}"
+        message = f"unknown key{mend}"
+    elif kind == "literal_error":
+        choices = _literals_at(where)
+        message = f"expected {', '.join(choices)}, got {short(value)}" + did_you_mean(value, choices)
+    elif kind == "too_short":
+        message = "expected at least one, got none"
+    elif kind.removesuffix("_type").removesuffix("_parsing") in _EXPECTED:
+        message = f"expected {_EXPECTED[kind.removesuffix('_type').removesuffix('_parsing')]}, got {short(value)}"
+    elif kind == "value_error":
+        inner = re.match(r"([a-z_]+(?:\[\d+\])?(?:\.[a-zA-Z_/]+)?): ", message)
+        if inner:  # a check of a whole model that names the key at fault
+            where = (*where, *_split(inner[1]))
+            message = message[inner.end() :]
+    # An alternative that failed too (`column` may be a name or a list) is not one more mistake.
+    more = len({tuple(p for p in other["loc"] if not _is_type_tag(p)) for other in errors}) - 1
+    return where, message + (f" (and {more} more)" if more > 0 else "")
+
+
+_DESCRIPTIONS = {
+    "run": "the name of an algorithm (PPO, A3C, ...)",
+    "env": "the id of an environment",
+    "tasks": "a list of tasks",
+    "name": "a name",
+    "until": "{episode_return_mean: ..., num_env_steps: ...}",
+}
+
+
+def _is_type_tag(part: str | int) -> bool:
+    return isinstance(part, str) and (part in ("str", "function-before[_word(), str]") or part.startswith("list["))
+
+
+def _split(text: str) -> KeyPath:
+    parts: list[str | int] = []
+    for word in text.split(".", 1):
+        name, _, index = word.partition("[")
+        parts.append(name)
+        if index:
+            parts.append(int(index.rstrip("]")))
+    return tuple(parts)
+
+
+_MODELS: dict[str, type[BaseModel]] = {
+    "progressive": ProgressiveSpec,
+    "tasks": TaskSpec,
+    "until": UntilSpec,
+    "checkpoint_config": CheckpointSpec,
+}
+
+
+def _model_at(where: KeyPath) -> type[BaseModel]:
+    names = [part for part in where if isinstance(part, str)]
+    return _MODELS.get(names[-1], Experiment) if names else Experiment
+
+
+def _fields_at(where: KeyPath) -> list[str]:
+    fields = list(_model_at(where).model_fields)
+    if not where:
+        fields = [*(name for name in fields if name != "name"), "num_samples"]
+    return fields
+
+
+def _literals_at(where: KeyPath) -> list[str]:
+    annotation = _model_at(where[:-1]).model_fields[str(where[-1])].annotation
+    return [str(choice) for choice in get_args(annotation)]

@@ -1,0 +1,412 @@
+"""Walks a list of tasks inside any RLlib algorithm. Runs in the algorithm's own process.
+
+At a task's end: the Learner freezes the column; the column is played and stored; a new column is added; the Learner's
+state goes to every EnvRunner, which then switches its environments. The store is the record of what is finished: a
+run that dies between storing a column and its next checkpoint finds the column there and goes on behind it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from pyarrow.fs import FileSelector, FileType, LocalFileSystem, copy_files
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.env.env_runner_group import EnvRunnerGroup
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils.annotations import override
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_RESULTS,
+    EPISODE_RETURN_MEAN,
+    NUM_ENV_STEPS_SAMPLED_LIFETIME,
+)
+from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
+from ray.tune.result import DONE, SHOULD_CHECKPOINT
+
+from rllib_pnn.network.progressive import ProgressiveNetwork
+from rllib_pnn.network.store import ColumnStore, ColumnStoreError
+from rllib_pnn.training.evaluation import ColumnEvaluation, evaluate_shard, shards
+from rllib_pnn.training.rl_module import MODEL_CONFIG_KEY, ProgressiveRLModule, _column_state, grow
+from rllib_pnn.training.task_env_runner import EPISODE_METRICS
+from rllib_pnn.training.tasks import Task, parse_tasks
+
+logger = logging.getLogger(__name__)
+
+TASK_RETURNS = "task_episode_returns"  # metric of the EnvRunners: returns of ended episodes by task index
+MIN_EPISODES = 10  # finished on a task before its mean return can end it
+
+
+class ProgressiveCallback(RLlibCallback):
+    """Added by `make_progressive`; its settings stand in the module's `model_config["progressive"]`.
+
+    Adds to every result of `algo.train()`:
+
+    - `progressive/`: `task`, `task_index`, `num_tasks`, `column`, `task_env_steps`, `episode_return_mean` (of the
+      last `metrics_num_episodes_for_smoothing` episodes of this task, NaN before the first), `num_episodes` (ended in
+      this iteration), `task_over`, `finished`;
+    - `columns/<task>/`: `episode_return_mean` as played last, `frozen_episode_return_mean` as played at freezing,
+      `forgetting` (their difference), `bit_equal` (1 if every policy output was the same), NaN before freezing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ready = False
+        self._last_progress: dict[str, Any] = {}
+        self._scores: dict[str, dict[str, Any]] = {}
+        self._returns: deque[float] = deque(maxlen=1)
+
+    # -- RLlib's hooks -------------------------------------------------------------------------------------------
+
+    @override(RLlibCallback)
+    def on_algorithm_init(self, *, algorithm: Algorithm, **kwargs: Any) -> None:
+        self._settings: dict[str, Any] = algorithm.config.rl_module_spec.model_config[MODEL_CONFIG_KEY]
+        self._tasks: tuple[Task, ...] = parse_tasks(
+            [{k: t[k] for k in ("name", "env_config", "until")} for t in self._settings["tasks"]]
+        )
+        self._returns = deque(maxlen=algorithm.config.metrics_num_episodes_for_smoothing)
+        self._store = self._open_store(algorithm)
+        if self._settings.get("columns_from"):
+            self._start_from(algorithm, ColumnStore(self._settings["columns_from"]))
+
+    @override(RLlibCallback)
+    def on_checkpoint_loaded(self, *, algorithm: Algorithm, **kwargs: Any) -> None:
+        self._ready = False
+        self._catch_up(algorithm)
+
+    @override(RLlibCallback)
+    def on_env_runners_recreated(
+        self, *, algorithm: Algorithm, env_runner_group: EnvRunnerGroup, env_runner_indices: list[int], **kwargs: Any
+    ) -> None:
+        # RLlib syncs a restarted EnvRunner from the local one, which may lag behind; the Learner's word is last.
+        self._broadcast(algorithm, env_runner_group, env_runner_indices)
+
+    @override(RLlibCallback)
+    def on_episode_end(
+        self,
+        *,
+        episode: SingleAgentEpisode,
+        prev_episode_chunks: Sequence[SingleAgentEpisode] = (),
+        env_runner: Any,
+        metrics_logger: MetricsLogger,
+        **kwargs: Any,
+    ) -> None:
+        # On an EnvRunner. RLlib's own windows mix tasks and are empty in iterations in which no episode ended.
+        episode_return = sum(chunk.get_return() for chunk in (*prev_episode_chunks, episode))
+        key = (TASK_RETURNS, str(getattr(env_runner, "task_index", 0)))
+        metrics_logger.log_value(key, float(episode_return), reduce="item_series")
+
+    @override(RLlibCallback)
+    def on_train_result(self, *, algorithm: Algorithm, result: dict[str, Any], **kwargs: Any) -> None:
+        self._ready = self._ready and self._progress(algorithm) == self._last_progress
+        self._catch_up(algorithm)
+        progress = self._progress(algorithm)
+        task = self._tasks[progress["task_index"]]
+        runners = result.setdefault(ENV_RUNNER_RESULTS, {})
+        total_steps = int(result.get(NUM_ENV_STEPS_SAMPLED_LIFETIME) or 0)
+        steps = total_steps - progress["task_start_env_steps"]
+        ended = (runners.pop(TASK_RETURNS, None) or {}).get(str(progress["task_index"]), [])
+        self._returns.extend(ended if isinstance(ended, list) else [])
+        mean = sum(self._returns) / len(self._returns) if self._returns else math.nan
+        over = not progress["finished"] and task.is_over(
+            mean if len(self._returns) >= min(MIN_EPISODES, self._returns.maxlen or 1) else math.nan, steps
+        )
+        column = progress["first_column"] + progress["task_index"]
+        if over:
+            progress = self._end_task(algorithm, progress, steps, total_steps)
+            self._returns.clear()
+            result[SHOULD_CHECKPOINT] = True
+        self._last_progress = progress
+        if progress["finished"]:
+            result[DONE] = True
+        # Keys are there from the first result on: Tune's CSV logger takes its columns from it.
+        runners.setdefault(EPISODE_RETURN_MEAN, math.nan)
+        result["progressive"] = {
+            "task": task.name,
+            "task_index": self._tasks.index(task),
+            "num_tasks": len(self._tasks),
+            "column": column,
+            "task_env_steps": steps,
+            "episode_return_mean": mean,
+            "num_episodes": len(ended) if isinstance(ended, list) else 0,
+            "task_over": over,
+            "finished": progress["finished"],
+        }
+        result["columns"] = {t.name: dict(self._scores.get(t.name, _NO_SCORE)) for t in self._tasks}
+
+    # -- the walk ------------------------------------------------------------------------------------------------
+
+    def _end_task(self, algorithm: Algorithm, progress: dict[str, Any], steps: int, total_steps: int) -> dict[str, Any]:
+        index = progress["task_index"]
+        states = _on_learners(algorithm, lambda learner: learner.freeze_columns())
+        network = self._network_from(algorithm, states[0])
+        network.verify()
+        self._share(algorithm)
+        self._broadcast(algorithm)
+        self._play_all(algorithm, network, progress)
+        for k in range(progress["first_column"] + index + 1):
+            self._store_column(network, k, progress, steps)
+        self._upload(algorithm)
+        return self._go_on(algorithm, progress, total_steps)
+
+    def _go_on(self, algorithm: Algorithm, progress: dict[str, Any], total_steps: int) -> dict[str, Any]:
+        """To the next task, or to the end of the list."""
+        progress = dict(progress)
+        if progress["task_index"] + 1 == len(self._tasks):
+            progress["finished"] = True
+            _on_learners(
+                algorithm, lambda learner, p=progress: setattr(learner.progressive_module, "progress", dict(p))
+            )
+        else:
+            progress |= {"task_index": progress["task_index"] + 1, "task_start_env_steps": total_steps}
+            _on_learners(algorithm, lambda learner, p=progress: learner.grow(p))
+        self._broadcast(algorithm)
+        self._forget_rollouts(algorithm)
+        return progress
+
+    def _catch_up(self, algorithm: Algorithm) -> None:
+        """Once after building or restoring: goes on behind the columns that the store holds already."""
+        if self._ready:
+            return
+        self._ready = True
+        self._returns.clear()
+        progress = self._progress(algorithm)
+        entries = self._store.entries
+        self._scores = {e.task: _score_of(e.score, e.extra.get("digest")) for e in entries if e.score is not None}
+        first = progress["first_column"]
+        done = len(entries) - first
+        for i, entry in enumerate(entries[first:]):
+            if i >= len(self._tasks) or entry.task != self._tasks[i].name:
+                raise ColumnStoreError(
+                    f"{self._store.path}: column {first + i} is of task '{entry.task}', this run's is "
+                    f"'{self._tasks[i].name if i < len(self._tasks) else 'none'}'; give the run a store of its own"
+                )
+        if done > progress["task_index"] and not progress["finished"]:
+            logger.info("%s holds %d finished tasks; going on behind them", self._store.path, done)
+            total = int(algorithm.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0) or 0)
+            network = self._store.load()
+            progress |= {"task_index": done - 1}
+            state = {"progress": progress, "columns": [_column_state(c) for c in network.columns]}
+            _on_learners(algorithm, lambda learner, s=state: learner.become(s))
+            self._share(algorithm)
+            self._go_on(algorithm, progress, total)
+        elif progress["task_index"] > done:
+            # The checkpoint knows more than the store (moved or lost files): every column goes in again.
+            states = _on_learners(algorithm, lambda learner: learner.progressive_module.get_state())
+            network = self._network_from(algorithm, states[0])
+            for k in range(first + progress["task_index"]):
+                self._store_column(network, k, progress, None)
+            self._share(algorithm)
+        else:
+            self._share(algorithm)
+        self._broadcast(algorithm)
+
+    def _start_from(self, algorithm: Algorithm, source: ColumnStore) -> None:
+        """Puts another run's frozen columns in front of the first task's column."""
+        states = _on_learners(algorithm, lambda learner: learner.progressive_module.get_state())
+        fresh = self._network_from(algorithm, states[0])
+        network = source.load()
+        given = (network.observation_shape, network.num_outputs)
+        wanted = (fresh.observation_shape, fresh.num_outputs)
+        if given != wanted:
+            raise ColumnStoreError(
+                f"columns_from: {source.path}: columns are for observations {given[0]} and {given[1]} policy outputs, "
+                f"the tasks have {wanted[0]} and {wanted[1]}"
+            )
+        network.seed, network.spec = fresh.seed, fresh.spec
+        network.lateral, network.lateral_heads = fresh.lateral, fresh.lateral_heads
+        network.lateral_scale = fresh.lateral_scale
+        first = network.num_columns
+        shift = self._settings["tasks"][0].get("input_shift", 0.0)
+        grow(network, self._settings.get("architecture", "progressive"), shift)
+        progress = {"task_index": 0, "first_column": first, "task_start_env_steps": 0, "finished": False}
+        state = {"progress": progress, "columns": [_column_state(c) for c in network.columns]}
+        _on_learners(algorithm, lambda learner, s=state: learner.become(s))
+        for k, entry in enumerate(source.entries):
+            self._store.save_column(
+                network,
+                k,
+                task=f"{Path(source.path).name}:{entry.task}"[:200],
+                env=entry.env,
+                env_config=entry.env_config,
+                score=entry.score,
+                num_env_steps=entry.num_env_steps,
+                extra=entry.extra | {"source": True},
+            )
+        self._share(algorithm)
+        self._broadcast(algorithm)
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _progress(self, algorithm: Algorithm) -> dict[str, Any]:
+        return dict(_on_learners(algorithm, lambda learner: dict(learner.progressive_module.progress))[0])
+
+    def _network_from(self, algorithm: Algorithm, state: dict[str, Any]) -> ProgressiveNetwork:
+        """A copy of the Learner's network in this process."""
+        module: ProgressiveRLModule = algorithm.config.get_rl_module_spec(
+            spaces=algorithm.spaces, inference_only=True
+        ).build()
+        module.set_state(state)
+        return module.network
+
+    def _share(self, algorithm: Algorithm) -> None:
+        """Frozen columns into the object store, owned by this process, which outlives Learners and EnvRunners."""
+        states = _on_learners(algorithm, lambda learner: learner.progressive_module.get_state(inference_only=True))
+        references = {
+            entry["fingerprint"]: entry.get("reference") or ray.put(entry)
+            for entry in states[0]["columns"]
+            if entry["fingerprint"] is not None
+        }
+        _on_learners(algorithm, lambda learner, r=references: learner.progressive_module.use_references(r))
+
+    def _broadcast(
+        self, algorithm: Algorithm, group: EnvRunnerGroup | None = None, indices: list[int] | None = None
+    ) -> None:
+        """The Learner's state to all EnvRunners, waited for."""
+        state = _on_learners(algorithm, lambda learner: learner.progressive_module.get_state(inference_only=True))[0]
+        reference = ray.put(state)
+        groups = [group] if group is not None else [algorithm.env_runner_group, algorithm.eval_env_runner_group]
+        for each in groups:
+            if each is not None:
+                each.foreach_env_runner(
+                    lambda runner, r=reference: runner.follow(ray.get(r)),
+                    remote_worker_ids=indices,
+                    local_env_runner=indices is None and each.local_env_runner is not None,
+                )
+
+    def _forget_rollouts(self, algorithm: Algorithm) -> None:
+        """Drops what was sampled on the old task and has not been learned from; the Learner drops what slips by."""
+        if isinstance(getattr(algorithm, "_episode_packs_being_built", None), list):
+            algorithm._episode_packs_being_built.clear()
+        algorithm.env_runner_group.fetch_ready_async_reqs(tags=(), return_obj_refs=True)
+        for metric in EPISODE_METRICS:
+            algorithm.metrics.delete(ENV_RUNNER_RESULTS, metric, key_error=False)
+
+    def _play_all(self, algorithm: Algorithm, network: ProgressiveNetwork, progress: dict[str, Any]) -> None:
+        """Every column on its own task, in parallel on the EnvRunners; notes returns now and at freezing."""
+        num_episodes = self._settings.get("evaluation_episodes", 10)
+        if num_episodes <= 0:
+            return
+        first, last = progress["first_column"], progress["task_index"]
+        env = algorithm.config.env
+        normalize = bool(algorithm.config.normalize_actions)
+        jobs = [
+            (first + i, dict(self._tasks[i].env_config), count, seed)
+            for i in range(last + 1)
+            for count, seed in shards(num_episodes, self._settings.get("evaluation_seed", 0))
+        ]
+        played = _play(algorithm, network, env, jobs, normalize)
+        for i in range(last + 1):
+            parts = [part for job, part in zip(jobs, played, strict=True) if job[0] == first + i]
+            evaluation = ColumnEvaluation.merge(parts)
+            mean = evaluation.episode_return_mean
+            score = self._scores.get(self._tasks[i].name) or _score_of(mean, evaluation.digest)
+            before = score["frozen_episode_return_mean"]
+            self._scores[self._tasks[i].name] = score | {
+                "episode_return_mean": mean,
+                "forgetting": before - mean,
+                "num_episodes": len(evaluation.returns),
+                "bit_equal": int(evaluation.digest == score["digest"]),
+            }
+
+    def _store_column(self, network: ProgressiveNetwork, k: int, progress: dict[str, Any], steps: int | None) -> None:
+        if k < len(self._store.entries):
+            return
+        i = k - progress["first_column"]
+        task = self._tasks[i] if i >= 0 else None
+        score = self._scores.get(task.name) if task else None
+        self._store.save_column(
+            network,
+            k,
+            task=task.name if task else "random",
+            env=self._settings.get("env") if task else None,
+            env_config=dict(task.env_config) if task else {},
+            score=None if score is None else score["frozen_episode_return_mean"],
+            num_env_steps=steps if task else 0,
+            extra={"digest": score["digest"], "num_episodes": score["num_episodes"]} if score else {},
+        )
+
+    # -- where columns are stored --------------------------------------------------------------------------------
+
+    def _open_store(self, algorithm: Algorithm) -> ColumnStore:
+        if self._settings.get("column_store"):
+            return ColumnStore(self._settings["column_store"])
+        storage = getattr(algorithm, "_storage", None)
+        if storage is not None and storage.trial_dir_name and isinstance(storage.storage_filesystem, LocalFileSystem):
+            return ColumnStore(Path(storage.trial_fs_path) / "columns")
+        store = ColumnStore(Path(algorithm.logdir) / "columns")
+        if storage is not None and storage.trial_dir_name:
+            remote = f"{storage.trial_fs_path}/columns"
+            files = storage.storage_filesystem.get_file_info(FileSelector(remote, allow_not_found=True))
+            if any(f.type == FileType.File for f in files):
+                store.path.mkdir(parents=True, exist_ok=True)
+                copy_files(remote, str(store.path), source_filesystem=storage.storage_filesystem)
+        return store
+
+    def _upload(self, algorithm: Algorithm) -> None:
+        """To storage that is not a local path (S3, say): column files first, the manifest last."""
+        storage = getattr(algorithm, "_storage", None)
+        if (
+            self._settings.get("column_store")
+            or storage is None
+            or not storage.trial_dir_name
+            or isinstance(storage.storage_filesystem, LocalFileSystem)
+        ):
+            return
+        remote = f"{storage.trial_fs_path}/columns"
+        storage.storage_filesystem.create_dir(remote, recursive=True)
+        for name in [*(e.file for e in self._store.entries), "manifest.json"]:
+            copy_files(
+                str(self._store.path / name), f"{remote}/{name}", destination_filesystem=storage.storage_filesystem
+            )
+
+
+_NO_SCORE = {
+    "episode_return_mean": math.nan,
+    "frozen_episode_return_mean": math.nan,
+    "forgetting": math.nan,
+    "num_episodes": 0,
+    "bit_equal": math.nan,
+    "digest": "",
+}
+
+
+def _score_of(mean: float, digest: str | None) -> dict[str, Any]:
+    return _NO_SCORE | {"episode_return_mean": mean, "frozen_episode_return_mean": mean, "digest": digest or ""}
+
+
+def _on_learners(algorithm: Algorithm, function: Any) -> list[Any]:
+    """Results of `function(learner)` on every Learner; raises what a Learner raised."""
+    return [result.get() for result in algorithm.learner_group.foreach_learner(function)]
+
+
+def _play(
+    algorithm: Algorithm, network: ProgressiveNetwork, env: Any, jobs: list[tuple[int, dict, int, int]], normalize: bool
+) -> list[ColumnEvaluation]:
+    """Shares jobs `(column, env_config, episodes, seed)` among the EnvRunners; plays here what none of them did."""
+    results: dict[int, ColumnEvaluation] = {}
+
+    def play(runner: Any, numbers: list[int]) -> dict[int, ColumnEvaluation]:
+        own = runner.module.network
+        return {n: evaluate_shard(own, env, jobs[n][1], jobs[n][0], *jobs[n][2:], False, normalize) for n in numbers}
+
+    group = algorithm.env_runner_group
+    ids = group.healthy_worker_ids()
+    if ids:
+        parts = group.foreach_env_runner(
+            [functools.partial(play, numbers=list(range(i, len(jobs), len(ids)))) for i in range(len(ids))],
+            remote_worker_ids=ids,
+            local_env_runner=False,
+        )
+        for part in parts:
+            results.update(part)
+    for n, job in enumerate(jobs):
+        if n not in results:
+            results[n] = evaluate_shard(network, env, job[1], job[0], *job[2:], False, normalize)
+    return [results[n] for n in range(len(jobs))]

@@ -1,0 +1,169 @@
+"""Plays a column on a task and measures it. Used at every task's end and by `rllib evaluate`.
+
+Everything random is seeded, so that the same column on the same task plays the same episodes with bit-equal policy
+outputs: forgetting is measured by playing again, not assumed to be zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from ray.rllib.env.env_context import EnvContext
+from ray.tune.registry import ENV_CREATOR, _global_registry
+
+from rllib_pnn.network.progressive import ProgressiveNetwork
+
+EPISODES_PER_SHARD = 8  # environments that one process plays side by side
+
+
+@dataclass(frozen=True)
+class ColumnEvaluation:
+    """What a column did on a task.
+
+    Args:
+        returns: return of every episode, unclipped.
+        lengths: steps of every episode.
+        digest: SHA-256 over all policy outputs in order; equal digests mean bit-equal behaviour.
+    """
+
+    returns: tuple[float, ...]
+    lengths: tuple[int, ...]
+    digest: str
+
+    @property
+    def episode_return_mean(self) -> float:
+        return float(np.mean(self.returns)) if self.returns else float("nan")
+
+    @classmethod
+    def merge(cls, parts: Sequence[ColumnEvaluation]) -> ColumnEvaluation:
+        digest = hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
+        return cls(
+            tuple(r for part in parts for r in part.returns),
+            tuple(n for part in parts for n in part.lengths),
+            digest if len(parts) != 1 else parts[0].digest,
+        )
+
+
+def shards(num_episodes: int, seed: int) -> list[tuple[int, int]]:
+    """Splits an evaluation into independent parts: `(episodes, seed)` each, the same whoever plays them."""
+    parts = [min(EPISODES_PER_SHARD, num_episodes - i) for i in range(0, num_episodes, EPISODES_PER_SHARD)]
+    return [(count, seed + 10_000 * i) for i, count in enumerate(parts)]
+
+
+def make_vector_env(env: str | Callable[[EnvContext], Any], env_config: Mapping[str, Any], num_envs: int) -> Any:
+    """A vector env of a gymnasium id, of a name registered with Tune, or of an env creator.
+
+    Takes the native vector env where the id or the creator has one.
+    """
+    creator = _global_registry.get(ENV_CREATOR, env) if _is_registered(env) else env
+    if callable(creator):
+        made = creator(EnvContext(dict(env_config), worker_index=0, vector_index=0) | {"num_envs": num_envs})
+        if isinstance(made, gym.vector.VectorEnv):
+            return made
+        made.close()
+        plain = EnvContext(dict(env_config), worker_index=0)
+        return gym.vector.SyncVectorEnv([lambda: creator(plain)] * num_envs)
+    spec = gym.spec(str(env))
+    mode = "vector_entry_point" if spec.vector_entry_point is not None else "sync"
+    return gym.make_vec(str(env), num_envs=num_envs, vectorization_mode=mode, **dict(env_config))
+
+
+def _is_registered(env: Any) -> bool:
+    return isinstance(env, str) and _global_registry.contains(ENV_CREATOR, env)
+
+
+def evaluate_column(
+    network: ProgressiveNetwork,
+    env: str | Callable[[EnvContext], Any],
+    env_config: Mapping[str, Any],
+    *,
+    column: int,
+    num_episodes: int,
+    seed: int = 0,
+    deterministic: bool = False,
+    normalize_actions: bool = True,
+) -> ColumnEvaluation:
+    """Plays `num_episodes` episodes with a column's policy.
+
+    Args:
+        network: holds the column.
+        env, env_config: the task's environment, see `make_vector_env`.
+        column: index of the column; its earlier columns are computed with it.
+        seed: of environments and action sampling; episode i of equal calls is the same episode.
+        deterministic: the most probable action instead of a sample of the policy.
+        normalize_actions: Box policies act in [-1, 1], scaled to the space (RLlib's default).
+    """
+    return ColumnEvaluation.merge(
+        [
+            evaluate_shard(network, env, env_config, column, count, shard_seed, deterministic, normalize_actions)
+            for count, shard_seed in shards(num_episodes, seed)
+        ]
+    )
+
+
+@torch.no_grad()
+def evaluate_shard(
+    network: ProgressiveNetwork,
+    env: str | Callable[[EnvContext], Any],
+    env_config: Mapping[str, Any],
+    column: int,
+    num_episodes: int,
+    seed: int,
+    deterministic: bool,
+    normalize_actions: bool,
+) -> ColumnEvaluation:
+    """One episode in each of `num_episodes` environments."""
+    envs = make_vector_env(env, env_config, num_episodes)
+    try:
+        space = envs.single_action_space
+        generator = torch.Generator().manual_seed(seed)
+        digest = hashlib.sha256()
+        returns, lengths = np.zeros(num_episodes), np.zeros(num_episodes, dtype=int)
+        playing = np.ones(num_episodes, dtype=bool)
+        state = network.initial_state(num_episodes)
+        obs, _ = envs.reset(seed=seed)
+        # An environment whose episode ended plays on unheard (whatever its autoreset mode) until all have ended.
+        while playing.any():
+            batch = torch.as_tensor(np.asarray(obs))
+            if network.is_recurrent:
+                batch = batch.unsqueeze(1)
+            logits, _, state = network(batch, column, state or None)
+            logits = (logits.squeeze(1) if network.is_recurrent else logits).cpu()
+            digest.update(logits[torch.from_numpy(playing)].numpy().tobytes())
+            actions = _act(logits, space, generator, deterministic, normalize_actions)
+            obs, rewards, terminated, truncated, _ = envs.step(actions)
+            returns[playing] += rewards[playing]
+            lengths[playing] += 1
+            playing &= ~(terminated | truncated)
+        return ColumnEvaluation(tuple(map(float, returns)), tuple(map(int, lengths)), digest.hexdigest())
+    finally:
+        envs.close()
+
+
+def _act(
+    logits: torch.Tensor, space: gym.Space, generator: torch.Generator, deterministic: bool, normalize: bool
+) -> np.ndarray:
+    if isinstance(space, gym.spaces.Box):
+        mean, log_std = logits.chunk(2, dim=-1)
+        noise = torch.zeros_like(mean) if deterministic else torch.randn(mean.shape, generator=generator)
+        actions = (mean + log_std.exp() * noise).numpy()
+        if normalize and np.isfinite(space.low).all() and np.isfinite(space.high).all():
+            actions = space.low + (np.clip(actions, -1.0, 1.0) + 1.0) * (space.high - space.low) / 2.0
+        return np.clip(actions, space.low, space.high).astype(space.dtype)
+    sizes = [int(n) for n in space.nvec] if isinstance(space, gym.spaces.MultiDiscrete) else [logits.shape[-1]]
+    parts = []
+    for part in logits.split(sizes, dim=-1):
+        if deterministic:
+            parts.append(part.argmax(-1))
+        else:
+            parts.append(torch.multinomial(part.softmax(-1), 1, generator=generator).squeeze(-1))
+    actions = torch.stack(parts, dim=-1).numpy()
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return actions.astype(space.dtype)
+    return actions[:, 0] + int(getattr(space, "start", 0))

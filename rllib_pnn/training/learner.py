@@ -1,0 +1,231 @@
+"""What a Learner needs to train a module that grows. Mixed into whatever Learner class an algorithm uses.
+
+- The optimizer holds trainable parameters only and is rebuilt when the module's columns change.
+- Rollouts of another task than the module's current one are dropped before they reach a loss.
+- Schedules (learning rate, entropy) start anew with every task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from ray.rllib.connectors.connector_v2 import ConnectorV2
+from ray.rllib.core import ALL_MODULES, DEFAULT_MODULE_ID
+from ray.rllib.core.learner.learner import Learner
+from ray.rllib.core.learner.training_data import TrainingData
+from ray.rllib.core.rl_module.rl_module import RLModule
+from ray.rllib.core.rl_module.torch.torch_rl_module import TorchDDPRLModule
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils.annotations import override
+from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
+from ray.rllib.utils.typing import EpisodeType, StateDict
+
+from rllib_pnn.network.memory import keep_freed_memory
+from rllib_pnn.training.rl_module import ProgressiveRLModule
+
+TASK_INDEX = "task_index"  # batch column: the task that a row was played on
+NUM_ENV_STEPS_DROPPED = "num_env_steps_of_old_task_dropped_lifetime"
+
+
+def note_task(episode: SingleAgentEpisode, task_index: int) -> None:
+    """Writes into an episode which task it was played on.
+
+    Into its id, the one thing that RLlib keeps when it cuts, slices and shards episodes.
+    """
+    if task_of(episode) is None:
+        episode.id_ = f"task-{task_index}/{episode.id_}"
+
+
+def task_of(episode: SingleAgentEpisode) -> int | None:
+    """The task that `note_task` wrote; None if it was never called."""
+    head, _, rest = str(episode.id_).partition("/")
+    return int(head.removeprefix("task-")) if rest and head.startswith("task-") else None
+
+
+class AddTaskIndex(ConnectorV2):
+    """Learner connector: notes for every row of a batch which task it was played on (see `note_task`).
+
+    Stands at the pipeline's end, where the batch is complete.
+    """
+
+    @override(ConnectorV2)
+    def __call__(
+        self,
+        *,
+        rl_module: RLModule,
+        batch: dict[str, Any],
+        episodes: list[EpisodeType],
+        explore: bool | None = None,
+        shared_data: dict | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        indices = {task_of(episode) for episode in episodes}
+        # One number serves the whole batch: rows of two tasks in one batch happen only around a switch, and such a
+        # batch is not learned from at all (-1), nor is one that no task-aware EnvRunner sampled.
+        index = indices.pop() if len(indices) == 1 else None
+        value = -1 if index is None else index
+        for module_batch in batch.values():
+            rows = len(next(iter(module_batch.values()))) if module_batch else 0
+            module_batch[TASK_INDEX] = torch.full((rows,), value, dtype=torch.int32)
+        return batch
+
+
+class ProgressiveLearnerMixin(Learner):
+    """Put in front of a TorchLearner class by `progressive_learner_class`."""
+
+    @override(Learner)
+    def build(self) -> None:
+        keep_freed_memory()
+        # Guards the module's columns and optimizer: IMPALA's Learner updates in a thread of its own.
+        self._growth_lock = threading.RLock()
+        super().build()
+        if self._learner_connector is not None:
+            self._learner_connector.append(AddTaskIndex())
+
+    @property
+    def progressive_module(self) -> ProgressiveRLModule:
+        return self.module[DEFAULT_MODULE_ID].unwrapped()
+
+    @override(Learner)
+    def get_parameters(self, module: RLModule) -> Sequence[torch.nn.Parameter]:
+        return [p for p in super().get_parameters(module) if p.requires_grad]
+
+    # -- growth --------------------------------------------------------------------------------------------------
+
+    def freeze_columns(self) -> StateDict:
+        """Ends training of the newest column; returns the module's whole state."""
+        with self._growth_lock:
+            self.progressive_module.network.freeze()
+            self._rebuild_optimizer()
+            return self.progressive_module.get_state()
+
+    def grow(self, progress: Mapping[str, Any]) -> None:
+        """Adds the next task's column and gives it a fresh optimizer and fresh schedules."""
+        with self._growth_lock:
+            self.progressive_module.grow(progress)
+            self._rebuild_optimizer()
+            for schedulers in ("entropy_coeff_schedulers_per_module", "curr_kl_coeffs_per_module"):
+                getattr(self, schedulers, {}).clear()
+
+    def become(self, state: StateDict) -> None:
+        """Takes columns and progress from a state (columns read from a store, say)."""
+        with self._growth_lock:
+            self.progressive_module.set_state(state)
+            self._rebuild_optimizer()
+
+    def _rebuild_optimizer(self) -> None:
+        """Forgets the old optimizer and registers one for what trains now, if that changed."""
+        self._forget_broadcasts()
+        module = self.module[DEFAULT_MODULE_ID]
+        trainable = self.get_parameters(module.unwrapped())
+        held = [p for params in self._optimizer_parameters.values() for p in params]
+        if len(held) == len(trainable) and all(a is b for a, b in zip(held, trainable, strict=True)):
+            return
+        for name in self._module_optimizers.pop(DEFAULT_MODULE_ID, []):
+            optimizer = self._named_optimizers.pop(name)
+            self._optimizer_name_to_module.pop(name, None)
+            self._optimizer_lr_schedules.pop(optimizer, None)
+            for reference in self._optimizer_parameters.pop(optimizer):
+                self._params.pop(reference, None)
+        if self._lr_schedulers:
+            self._lr_schedulers.clear()
+        if not trainable:
+            return
+        if isinstance(module, TorchDDPRLModule):
+            # DDP registers parameters when it is built.
+            wrapped = TorchDDPRLModule(module.unwrapped(), **self.config.torch_ddp_kwargs)
+            self.module.add_module(DEFAULT_MODULE_ID, wrapped, override=True)
+        self.configure_optimizers_for_module(
+            module_id=DEFAULT_MODULE_ID, config=self.config.get_config_for_module(DEFAULT_MODULE_ID)
+        )
+
+    def _forget_broadcasts(self) -> None:
+        """Weights that IMPALA's Learner thread left for the next broadcast may be those of an earlier task."""
+        if hasattr(self, "_learner_state_queue"):
+            with self._learner_state_lock, contextlib.suppress(queue.Empty):
+                self._learner_state = None
+                self._learner_state_queue.get_nowait()
+
+    # -- updates -------------------------------------------------------------------------------------------------
+
+    @override(Learner)
+    def _update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
+        with self._growth_lock:
+            indices = batch[DEFAULT_MODULE_ID].get(TASK_INDEX)
+            if indices is not None and bool((indices != self.progressive_module.task_index).any()):
+                self.metrics.log_value(
+                    (ALL_MODULES, NUM_ENV_STEPS_DROPPED), int(np.prod(indices.shape)), reduce="lifetime_sum"
+                )
+                return {}, {}, {}
+            if self.progressive_module.network.columns[-1].is_frozen:
+                return {}, {}, {}
+            return super()._update(batch, **kwargs)
+
+    @override(Learner)
+    def _create_iterator_if_necessary(
+        self, *, training_data: Any, num_total_minibatches: int = 0, minibatch_size: int | None = None, **kwargs: Any
+    ) -> Any:
+        if self.config.num_learners > 1 and minibatch_size:
+            # Shares of a batch differ in length from Learner to Learner. Each must do as many gradient steps as
+            # the one with the most, or the others wait for it for ever.
+            training_data = TrainingData(batch=self._make_batch_if_necessary(training_data=training_data))
+            rows = len(training_data.batch[DEFAULT_MODULE_ID])
+            steps = torch.tensor(math.ceil(kwargs.get("num_epochs", 1) * rows / minibatch_size), device=self._device)
+            torch.distributed.all_reduce(steps, op=torch.distributed.ReduceOp.MAX)
+            num_total_minibatches = int(steps)
+        return super()._create_iterator_if_necessary(
+            training_data=training_data,
+            num_total_minibatches=num_total_minibatches,
+            minibatch_size=minibatch_size,
+            **kwargs,
+        )
+
+    def _task_timesteps(self, timesteps: Mapping[str, Any] | None) -> dict[str, Any]:
+        timesteps = dict(timesteps or {})
+        if NUM_ENV_STEPS_SAMPLED_LIFETIME in timesteps:
+            start = self.progressive_module.progress["task_start_env_steps"]
+            timesteps[NUM_ENV_STEPS_SAMPLED_LIFETIME] = max(0, timesteps[NUM_ENV_STEPS_SAMPLED_LIFETIME] - start)
+        return timesteps
+
+    @override(Learner)
+    def before_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
+        super().before_gradient_based_update(timesteps=self._task_timesteps(timesteps))
+
+    @override(Learner)
+    def after_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
+        super().after_gradient_based_update(timesteps=self._task_timesteps(timesteps))
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    @override(Learner)
+    def get_state(self, *args: Any, **kwargs: Any) -> StateDict:
+        with self._growth_lock:
+            return super().get_state(*args, **kwargs)
+
+    @override(Learner)
+    def set_state(self, state: StateDict) -> None:
+        with self._growth_lock:
+            super().set_state(state)
+            self._rebuild_optimizer()
+
+    @override(Learner)
+    def _set_optimizer_state(self, state: StateDict) -> None:
+        # The module was restored first and may have grown: an optimizer for its columns has to take the state.
+        self._rebuild_optimizer()
+        super()._set_optimizer_state(state)
+
+
+@functools.cache  # one class object each, so that equal configs compare equal
+def progressive_learner_class(learner_class: type[Learner]) -> type[Learner]:
+    """`learner_class` with `ProgressiveLearnerMixin` in front; itself if that is there already."""
+    if issubclass(learner_class, ProgressiveLearnerMixin):
+        return learner_class
+    return type(f"Progressive{learner_class.__name__}", (ProgressiveLearnerMixin, learner_class), {})

@@ -1,0 +1,258 @@
+"""`make_progressive`: any PPO, APPO, IMPALA or A3C config becomes one that learns a list of tasks, a column each.
+
+This is the one call that an existing pipeline needs:
+
+    config = PPOConfig().environment("rllib_pnn/PongSoup-v0")
+    config = make_progressive(config, tasks=[{"name": "pong", "env_config": {"variant": "pong"}, ...}, ...])
+    algorithm = config.build_algo()
+    while not algorithm.train()["done"]: ...
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.algorithms.appo import APPOConfig
+from ray.rllib.algorithms.impala import IMPALAConfig
+from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.env.env_context import EnvContext
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.rllib.utils import force_list
+from ray.tune.registry import ENV_CREATOR, _global_registry
+
+from rllib_pnn.network.adapter import LATERALS
+from rllib_pnn.network.progressive import ProgressiveNetwork
+from rllib_pnn.network.store import ColumnStore
+from rllib_pnn.training.callback import ProgressiveCallback
+from rllib_pnn.training.evaluation import make_vector_env
+from rllib_pnn.training.learner import progressive_learner_class
+from rllib_pnn.training.rl_module import (
+    ARCHITECTURES,
+    MODEL_CONFIG_KEY,
+    ProgressiveRLModule,
+    ProgressiveTargetRLModule,
+    num_outputs_of,
+    observation_shape_of,
+)
+from rllib_pnn.training.task_env_runner import task_env_runner_class
+from rllib_pnn.training.tasks import Task, parse_tasks
+
+
+def make_progressive(
+    config: AlgorithmConfig,
+    *,
+    tasks: Sequence[Task | Mapping[str, Any]],
+    column: Any = "atari",
+    lateral: str = "adapter",
+    lateral_scale: float = 0.1,
+    lateral_heads: bool = True,
+    architecture: str = "progressive",
+    columns_from: str | os.PathLike[str] | None = None,
+    column_store: str | os.PathLike[str] | None = None,
+    input_shift: float | str = "auto",
+    evaluation_episodes: int = 10,
+    evaluation_seed: int = 0,
+    check_spaces: bool = True,
+) -> AlgorithmConfig:
+    """Turns an `AlgorithmConfig` into a progressive one; the config that is passed in stays as it is.
+
+    Args:
+        config: PPO, APPO, IMPALA or A3C on the new API stack, single-agent, with its environment set.
+        tasks: what to learn, in order; see `Task`. Each task's `env_config` is merged over the config's own.
+        column: what a column is made of; see `ColumnSpec.parse`.
+        lateral: `"adapter"` (eq. 2), `"linear"` (eq. 1) or `"none"`.
+        lateral_scale: initial alpha of eq. 2.
+        lateral_heads: laterals into policy and value head too.
+        architecture: `"progressive"`, or a baseline: `"scratch"` (1), `"finetune_heads"` (2), `"finetune_all"` (3),
+            `"random_column"` (4); see `rl_module.grow`.
+        columns_from: a run folder or column store whose columns stand in front of the first task's.
+        column_store: where columns are stored; None: `columns/` in the trial's folder.
+        input_shift: taken from scaled observations by each new column. `"auto"`: the task's typical pixel (median
+            over some frames of random play) for images, 0 for vectors. With 0, Pong takes three times as many steps.
+        evaluation_episodes: episodes that every column plays on its own task at each task's end; 0: none.
+        evaluation_seed: seed of those episodes.
+        check_spaces: make every task's environment once, compare its spaces and look at its pixels; False saves
+            the time, and `"auto"` then means 0.
+
+    Returns:
+        A new config. `build_algo().train()` results then have the keys that `ProgressiveCallback` documents; the
+        last one has `done=True`.
+
+    Raises:
+        ValueError: one line that names the argument, what was expected, what came and the mend.
+    """
+    parsed = parse_tasks(tasks)
+    _check_choice("lateral", lateral, LATERALS)
+    _check_choice("architecture", architecture, ARCHITECTURES)
+    if (
+        isinstance(lateral_scale, bool)
+        or not isinstance(lateral_scale, int | float)
+        or not math.isfinite(lateral_scale)
+    ):
+        raise ValueError(f"lateral_scale: expected a finite number, got {lateral_scale!r}")
+    if isinstance(evaluation_episodes, bool) or not isinstance(evaluation_episodes, int) or evaluation_episodes < 0:
+        raise ValueError(f"evaluation_episodes: expected a whole number from 0, got {evaluation_episodes!r}")
+    _check_config(config)
+
+    base_env_config = dict(config.env_config)
+    merged = [Task(t.name, base_env_config | dict(t.env_config), t.until) for t in parsed]
+    if input_shift != "auto" and (isinstance(input_shift, bool) or not isinstance(input_shift, int | float)):
+        raise ValueError(f"input_shift: expected a number or 'auto', got {input_shift!r}")
+    network: ProgressiveNetwork | None = None
+    shifts = [0.0 if input_shift == "auto" else float(input_shift)] * len(merged)
+    if check_spaces:
+        observation_space, action_space, typical = _look_at_tasks(config, merged)
+        if input_shift == "auto":
+            shifts = typical
+        network = ProgressiveNetwork(
+            observation_shape_of(observation_space), num_outputs_of(action_space), column, lateral=lateral
+        )
+    source = _source_store(columns_from)
+    if source is not None and network is not None:
+        shared = source.manifest.network
+        if shared.observation_shape != network.given_observation_shape or shared.num_outputs != network.num_outputs:
+            raise ValueError(
+                f"columns_from: {source.path}: its columns take observations {shared.observation_shape} and give "
+                f"{shared.num_outputs} policy outputs, the tasks have {network.given_observation_shape} and "
+                f"{network.num_outputs}"
+            )
+
+    settings = {
+        "tasks": [t.to_json() | {"input_shift": m} for t, m in zip(merged, shifts, strict=True)],
+        "env": config.env if isinstance(config.env, str) else None,
+        "column": column,
+        "lateral": lateral,
+        "lateral_scale": float(lateral_scale),
+        "lateral_heads": bool(lateral_heads),
+        "architecture": architecture,
+        "columns_from": None if source is None else str(source.path.resolve()),
+        "column_store": None if column_store is None else str(Path(column_store).resolve()),
+        "evaluation_episodes": evaluation_episodes,
+        "evaluation_seed": evaluation_seed,
+        "seed": config.seed or 0,
+        "emits_values": getattr(config, "uses_values_in_exploration", False),
+    }
+    progressive = config.copy(copy_frozen=False)
+    progressive.environment(env_config=dict(merged[0].env_config))
+    module_class = ProgressiveTargetRLModule if isinstance(config, APPOConfig) else ProgressiveRLModule
+    progressive.rl_module(
+        rl_module_spec=RLModuleSpec(module_class=module_class, model_config={MODEL_CONFIG_KEY: settings})
+    )
+    progressive.learners(learner_class=progressive_learner_class(config.learner_class))  # type: ignore[arg-type]
+    progressive.env_runners(env_runner_cls=task_env_runner_class(_env_runner_class(config)))
+    callbacks = [c for c in force_list(config.callbacks_class) if not issubclass(c, ProgressiveCallback)]
+    progressive.callbacks([*callbacks, ProgressiveCallback])
+    return progressive
+
+
+def _env_runner_class(config: AlgorithmConfig) -> type[SingleAgentEnvRunner]:
+    cls = config.env_runner_cls
+    if cls is None:
+        default = getattr(config, "default_env_runner_class", None)
+        cls = default or SingleAgentEnvRunner
+    if not isinstance(cls, type) or not issubclass(cls, SingleAgentEnvRunner):
+        raise ValueError(f"env_runner_cls: expected a subclass of SingleAgentEnvRunner, got {cls!r}")
+    return cls
+
+
+def _check_config(config: AlgorithmConfig) -> None:
+    if not isinstance(config, AlgorithmConfig):
+        raise ValueError(f"config: expected an AlgorithmConfig, got {type(config).__name__}")
+    if not (config.enable_rl_module_and_learner and config.enable_env_runner_and_connector_v2):
+        raise ValueError(
+            "config: the old API stack is switched on; remove the call of `config.api_stack(...)`, or use the model "
+            "'progressive' of the ModelCatalog (see the README)"
+        )
+    if not isinstance(config, PPOConfig | IMPALAConfig) and not hasattr(config, "uses_values_in_exploration"):
+        raise ValueError(f"config: expected PPO, APPO, IMPALA or A3C, got {type(config).__name__}")
+    if config.is_multi_agent:
+        raise ValueError("config: a progressive network has one agent; multi-agent configs are not supported")
+    if config.env is None:
+        raise ValueError("config: no environment; call `config.environment('rllib_pnn/PongSoup-v0')` first")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        mend = f"; did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{mend}")
+
+
+def _look_at_tasks(config: AlgorithmConfig, tasks: Sequence[Task]) -> tuple[gym.Space, gym.Space, list[float]]:
+    """The spaces that all tasks share, and each task's typical pixel.
+
+    Raises:
+        ValueError: naming the first task whose environment differs or can't be made.
+    """
+    common: tuple[gym.Space, gym.Space] | None = None
+    pixels = []
+    for i, task in enumerate(tasks):
+        try:
+            env = _make_env(config, task)
+            try:
+                spaces = (
+                    getattr(env, "single_observation_space", env.observation_space),
+                    getattr(env, "single_action_space", env.action_space),
+                )
+                pixels.append(_typical_pixel(env, spaces[0]))
+            finally:
+                env.close()
+        except (ValueError, TypeError, KeyError, gym.error.Error) as error:
+            raise ValueError(f"tasks[{i}] ('{task.name}'): {' '.join(str(error).split())}") from error
+        if common is None:
+            common = spaces
+        for kind, first, this in zip(("observation", "action"), common, spaces, strict=True):
+            if first != this:
+                raise ValueError(
+                    f"tasks[{i}] ('{task.name}'): its {kind} space is {this}, that of '{tasks[0].name}' is {first}; "
+                    "all tasks of a progressive network share both spaces"
+                )
+    assert common is not None
+    return *common, pixels
+
+
+def _make_env(config: AlgorithmConfig, task: Task) -> Any:
+    creator: Any = config.env
+    if isinstance(creator, str) and _global_registry.contains(ENV_CREATOR, creator):
+        creator = _global_registry.get(ENV_CREATOR, creator)
+    if isinstance(creator, str):
+        return gym.make(creator, **dict(task.env_config))
+    if str(config.gym_env_vectorize_mode).lower().endswith("vector_entry_point"):
+        return make_vector_env(creator, task.env_config, 1)
+    return creator(EnvContext(dict(task.env_config), worker_index=0))
+
+
+def _typical_pixel(env: Any, space: gym.Space, num_steps: int = 32) -> float:
+    """Median over some frames of random play, as a part of 255; 0 for anything that is not an image of bytes."""
+    if not isinstance(space, gym.spaces.Box) or space.dtype != np.uint8 or len(space.shape) != 3:
+        return 0.0
+    env.action_space.seed(0)
+    frames = [np.asarray(env.reset(seed=0)[0])]
+    while len(frames) <= num_steps:
+        obs, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        frames.append(np.asarray(obs))
+        if np.any(terminated) or np.any(truncated):
+            break
+    return float(np.median(np.stack(frames))) / 255
+
+
+def _source_store(path: str | os.PathLike[str] | None) -> ColumnStore | None:
+    """The store at a path or in the `columns` folder below it, verified. Raises `ValueError`."""
+    if path is None:
+        return None
+    store = ColumnStore(path)
+    if not store.exists() and ColumnStore(Path(path) / "columns").exists():
+        store = ColumnStore(Path(path) / "columns")
+    if not store.entries:
+        raise ValueError(f"columns_from: {path}: holds no columns; expected a run folder or a column store")
+    store.verify()
+    return store

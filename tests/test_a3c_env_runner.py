@@ -1,0 +1,480 @@
+"""The gradient of A3CEnvRunner against A3C written slowly from the equations, one environment and step at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+from ray.rllib.core import COMPONENT_RL_MODULE
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.apis import ValueFunctionAPI
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.core.rl_module.torch import TorchRLModule
+from torch import Tensor, nn
+
+from rllib_pnn.training.a3c import A3CConfig
+from rllib_pnn.training.a3c_env_runner import LEARNER_STAMP, A3CEnvRunner, FlatParameters, Weights
+from rllib_pnn.training.a3c_loss import a3c_loss, n_step_advantages
+
+OBS_SIZE = 6
+# Per environment, episode after episode: length and how it ends. Chosen so that within rollouts of 5 steps there are
+# terminations, truncations, ends at a rollout's last step, episodes of one step, and an env without any end.
+SCRIPTS = [
+    [(2, "terminated"), (4, "truncated"), (3, "terminated")],
+    [(5, "truncated"), (1, "terminated"), (1, "truncated")],
+    [(100, "terminated")],
+    [(3, "truncated"), (2, "truncated")],
+]
+LENGTH = 5
+
+
+class ScriptedEnv(gym.vector.VectorEnv):
+    """Random observations and rewards, episodes as in SCRIPTS; keeps a log of what really happened."""
+
+    def __init__(self, autoreset: AutoresetMode, action_space: gym.Space | None = None, image: bool = False) -> None:
+        self.metadata = {"autoreset_mode": autoreset}
+        self.next_step = autoreset == AutoresetMode.NEXT_STEP
+        self.num_envs = len(SCRIPTS)
+        self.single_observation_space = (
+            gym.spaces.Box(0, 255, (OBS_SIZE,), np.uint8) if image else gym.spaces.Box(-9, 9, (OBS_SIZE,), np.float32)
+        )
+        self.single_action_space = action_space or gym.spaces.Discrete(3)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
+        self.rng = np.random.default_rng(0)
+        self.log: list[list[dict[str, Any]]] = []  # log[t][n]
+        self.actions_seen: list[np.ndarray] = []
+
+    def _observe(self) -> np.ndarray:
+        if self.single_observation_space.dtype == np.uint8:
+            return self.rng.integers(0, 256, OBS_SIZE).astype(np.uint8)
+        return self.rng.normal(size=OBS_SIZE).astype(np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        self.episode = [0] * self.num_envs
+        self.age = [0] * self.num_envs
+        self.over = [False] * self.num_envs
+        self.obs = [self._observe() for _ in range(self.num_envs)]
+        self.fresh = [True] * self.num_envs
+        return np.stack(self.obs), {}
+
+    def step(self, actions: np.ndarray):
+        self.actions_seen.append(np.array(actions))
+        row: list[dict[str, Any]] = []
+        rewards = np.zeros(self.num_envs)
+        terminated = np.zeros(self.num_envs, bool)
+        truncated = np.zeros(self.num_envs, bool)
+        final = np.full(self.num_envs, None, dtype=object)
+        for n in range(self.num_envs):
+            if self.over[n]:  # NEXT_STEP: this step only resets
+                self.episode[n] += 1
+                self.age[n], self.over[n], self.fresh[n] = 0, False, True
+                row.append({"real": False, "obs": self.obs[n], "starts": False})
+                self.obs[n] = self._observe()
+                continue
+            length, end = SCRIPTS[n][self.episode[n] % len(SCRIPTS[n])]
+            self.age[n] += 1
+            ended = self.age[n] == length
+            after = self._observe()
+            rewards[n] = self.rng.normal()
+            terminated[n], truncated[n] = ended and end == "terminated", ended and end == "truncated"
+            row.append(
+                {
+                    "real": True,
+                    "obs": self.obs[n],
+                    "action": actions[n],
+                    "reward": rewards[n],
+                    "after": after,
+                    "terminated": terminated[n],
+                    "ended": ended,
+                    "starts": self.fresh[n],
+                }
+            )
+            self.fresh[n] = False
+            self.obs[n] = after
+            if ended and self.next_step:
+                self.over[n] = True
+            elif ended:
+                final[n] = after
+                self.episode[n] += 1
+                self.age[n], self.fresh[n] = 0, True
+                self.obs[n] = self._observe()
+        ended_here = np.array([f is not None for f in final])
+        infos = {"final_obs": final, "_final_obs": ended_here} if ended_here.any() else {}
+        self.log.append(row)
+        return np.stack(self.obs), rewards, terminated, truncated, infos
+
+
+class SmallModule(TorchRLModule, ValueFunctionAPI):
+    """A tanh layer, shared by two heads, that reads the observation and a frozen layer."""
+
+    def setup(self) -> None:
+        torch.manual_seed(1)
+        outputs = 3 if isinstance(self.action_space, gym.spaces.Discrete) else 2 * self.action_space.shape[0]
+        self.frozen = nn.Linear(OBS_SIZE, 5).requires_grad_(False)
+        self.num_frozen_rows = 0
+        self.body = nn.Linear(OBS_SIZE + 5, 8)
+        self.pi = nn.Linear(8, outputs)
+        self.vf = nn.Linear(8, 1)
+
+    def _source(self, obs: Tensor) -> Tensor:
+        self.num_frozen_rows += len(obs)
+        return torch.tanh(self.frozen(obs.float()))
+
+    def _embed(self, batch: dict[str, Any]) -> Tensor:
+        obs = batch[Columns.OBS].float()
+        source = batch["sources/1"] if "sources/1" in batch else self._source(obs)
+        return torch.tanh(self.body(torch.cat([obs, source], dim=-1)))
+
+    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        embedding = self._embed(batch)
+        return {Columns.ACTION_DIST_INPUTS: self.pi(embedding), Columns.EMBEDDINGS: embedding}
+
+    def compute_values(self, batch: dict[str, Any], embeddings: Tensor | None = None) -> Tensor:
+        return self.vf(self._embed(batch) if embeddings is None else embeddings).squeeze(-1)
+
+
+class SmallModuleWithFeatures(SmallModule):
+    def frozen_features(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"sources/1": self._source(batch[Columns.OBS])}
+
+
+class RecurrentModule(TorchRLModule, ValueFunctionAPI):
+    def setup(self) -> None:
+        torch.manual_seed(2)
+        self.lstm = nn.LSTM(OBS_SIZE, 4, batch_first=True)
+        self.pi = nn.Linear(4, 3)
+        self.vf = nn.Linear(4, 1)
+
+    def get_initial_state(self) -> dict[str, Tensor]:
+        # Other than zero, so that forgetting it shows.
+        return {"h": torch.full((4,), 0.5), "c": torch.zeros(4)}
+
+    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        state = batch[Columns.STATE_IN]
+        out, (h, c) = self.lstm(batch[Columns.OBS], (state["h"][None].contiguous(), state["c"][None].contiguous()))
+        return {
+            Columns.ACTION_DIST_INPUTS: self.pi(out),
+            Columns.EMBEDDINGS: out,
+            Columns.STATE_OUT: {"h": h[0], "c": c[0]},
+        }
+
+    def compute_values(self, batch: dict[str, Any], embeddings: Tensor | None = None) -> Tensor:
+        if embeddings is None:
+            embeddings = self._forward(batch)[Columns.EMBEDDINGS]
+        return self.vf(embeddings).squeeze(-1)
+
+
+def make_config(
+    module: type = SmallModule,
+    autoreset: AutoresetMode = AutoresetMode.NEXT_STEP,
+    *,
+    action_space: gym.Space | None = None,
+    image: bool = False,
+    **training: Any,
+) -> A3CConfig:
+    return (
+        A3CConfig()
+        .environment(lambda ctx: ScriptedEnv(autoreset, action_space, image))
+        .env_runners(
+            num_env_runners=0,
+            num_envs_per_env_runner=len(SCRIPTS),
+            rollout_fragment_length=LENGTH,
+            gym_env_vectorize_mode="vector_entry_point",
+        )
+        .rl_module(rl_module_spec=RLModuleSpec(module_class=module))
+        .training(**{"gamma": 0.9, "vf_loss_coeff": 0.7, "entropy_coeff": 0.05, **training})
+        .debugging(seed=0)
+    )
+
+
+def make_runner(*args: Any, **kwargs: Any) -> A3CEnvRunner:
+    runner = A3CEnvRunner(config=make_config(*args, **kwargs))
+    runner._entropy_coeff = runner.config.entropy_coeff
+    return runner
+
+
+def env_of(runner: A3CEnvRunner) -> ScriptedEnv:
+    return runner.env.unwrapped
+
+
+def slow_loss(runner: A3CEnvRunner, start: int) -> Tensor:
+    """A3C's loss of env steps [start, start + LENGTH), from the env's own log, one environment and step at a time."""
+    config, module, log = runner.config, runner.module, env_of(runner).log
+    recurrent = module.is_stateful()
+
+    def initial_state() -> dict[str, Tensor] | None:
+        return {k: v[None] for k, v in module.get_initial_state().items()} if recurrent else None
+
+    def see(obs: np.ndarray, state: Any) -> tuple[Tensor, Tensor, Any]:
+        """(logits, value, next state) of one observation."""
+        tensor = torch.as_tensor(obs)[None]
+        batch = {Columns.OBS: tensor[None] if recurrent else tensor, Columns.STATE_IN: state}
+        out = module._forward(batch)
+        value = module.compute_values(batch, embeddings=out[Columns.EMBEDDINGS])
+        return out[Columns.ACTION_DIST_INPUTS].flatten(), value.flatten()[0], out.get(Columns.STATE_OUT)
+
+    terms = []
+    for n in range(len(SCRIPTS)):
+        state = initial_state()
+        steps: list[dict[str, Any]] = []
+        for t in range(start + LENGTH):
+            entry = log[t][n]
+            if t == start and recurrent:
+                state = {k: v.detach() for k, v in state.items()}  # no gradient into the previous rollout
+            if not entry["real"]:
+                continue
+            if entry["starts"]:
+                state = initial_state()
+            logits, value, state = see(entry["obs"], state)
+            if t >= start:
+                after = see(entry["after"], state)[1].item()
+                steps.append({**entry, "t": t, "logits": logits, "value": value, "after_value": after})
+
+        for i, step in enumerate(steps):
+            advantage, factor = 0.0, 1.0
+            for later in steps[i:]:
+                after = 0.0 if later["terminated"] else config.gamma * later["after_value"]
+                advantage += factor * (later["reward"] + after - later["value"].item())
+                factor *= config.gamma * config.lambda_
+                if later["ended"]:
+                    break
+            target = advantage + step["value"].item()
+            if isinstance(module.action_space, gym.spaces.Discrete):
+                logp_all = step["logits"] - torch.log(torch.exp(step["logits"]).sum())
+                logp = logp_all[int(step["action"])]
+                entropy = -(torch.exp(logp_all) * logp_all).sum()
+            else:
+                mean, log_std = step["logits"].chunk(2)
+                z = (torch.as_tensor(step["raw_action"]) - mean) / torch.exp(log_std)
+                logp = (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum()
+                entropy = (0.5 + 0.5 * math.log(2 * math.pi) + log_std).sum()
+            terms.append(
+                -logp * advantage
+                + config.vf_loss_coeff * 0.5 * (target - step["value"]) ** 2
+                - config.entropy_coeff * entropy
+            )
+    return sum(terms) / len(terms)
+
+
+def slow_gradient(runner: A3CEnvRunner, start: int) -> np.ndarray:
+    parameters = [p for p in runner.module.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(slow_loss(runner, start), parameters)
+    return torch.cat([g.flatten() for g in gradients]).numpy()
+
+
+@pytest.mark.parametrize("autoreset", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+@pytest.mark.parametrize("module", [SmallModule, SmallModuleWithFeatures, RecurrentModule])
+@pytest.mark.parametrize("lambda_", [1.0, 0.8])
+def test_gradient_equals_the_slow_equations(autoreset: AutoresetMode, module: type, lambda_: float) -> None:
+    runner = make_runner(module, autoreset, lambda_=lambda_)
+    for rollout in range(4):
+        collected = runner.collect_rollout()
+        gradient, stats = runner.rollout_gradient(collected)
+        expected = slow_gradient(runner, start=LENGTH * rollout)
+        assert np.abs(expected).max() > 1e-2
+        np.testing.assert_allclose(gradient, expected, rtol=2e-4, atol=2e-6, err_msg=f"rollout {rollout}")
+        assert stats["total_loss"] == pytest.approx(slow_loss(runner, LENGTH * rollout).item(), rel=1e-4)
+    has_reset_steps = any(not entry["real"] for row in env_of(runner).log for entry in row)
+    assert has_reset_steps == (autoreset == AutoresetMode.NEXT_STEP)
+
+
+def test_gradient_of_box_actions_and_their_scaling() -> None:
+    space = gym.spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([4.0, 1.0], np.float32))
+    runner = make_runner(action_space=space)
+    for rollout in range(2):
+        collected = runner.collect_rollout()
+        raw = collected.actions.numpy()
+        for t, row in enumerate(env_of(runner).log[LENGTH * rollout :]):
+            for n, entry in enumerate(row):
+                entry["raw_action"] = raw[t, n]
+        gradient, _ = runner.rollout_gradient(collected)
+        np.testing.assert_allclose(gradient, slow_gradient(runner, LENGTH * rollout), rtol=2e-4, atol=2e-6)
+        # -1..1 spans the space; beyond it actions are clipped.
+        sent = np.stack(env_of(runner).actions_seen[LENGTH * rollout :])
+        scaled = np.clip(space.low + (raw + 1) / 2 * (space.high - space.low), space.low, space.high)
+        np.testing.assert_allclose(sent, scaled, rtol=1e-5)
+
+
+def test_frozen_features_are_computed_once_per_observation() -> None:
+    runner = make_runner(SmallModuleWithFeatures, image=True)
+    for rollout in range(1, 4):
+        collected = runner.collect_rollout()
+        runner.rollout_gradient(collected)
+        assert collected.obs.dtype == torch.uint8
+        # One per observation, the bootstrap's included, which the next rollout does not repeat.
+        assert runner.module.num_frozen_rows == (rollout * LENGTH + 1) * len(SCRIPTS)
+
+
+def test_n_step_advantages_by_hand() -> None:
+    rewards = np.array([[1.0], [2.0], [4.0]], np.float32)
+    values = np.array([[10.0], [20.0], [30.0]], np.float32)
+    next_values = np.array([[20.0], [30.0], [40.0]], np.float32)
+    no, yes = np.array([[False]] * 3), np.array([[False], [True], [False]])
+    # R_0 = 1 + .5 * 2 + .25 * 4 + .125 * 40 = 8, R_1 = 2 + .5 * 4 + .25 * 40 = 14, R_2 = 4 + .5 * 40 = 24
+    got = n_step_advantages(rewards, values, next_values, no, no, gamma=0.5)
+    np.testing.assert_allclose(got[:, 0], [8 - 10, 14 - 20, 24 - 30])
+    # A termination after step 1: R_0 = 1 + .5 * 2 = 2, R_1 = 2.
+    got = n_step_advantages(rewards, values, next_values, yes, yes, gamma=0.5)
+    np.testing.assert_allclose(got[:, 0], [2 - 10, 2 - 20, 24 - 30])
+    # A truncation there bootstraps: R_1 = 2 + .5 * 30 = 17, R_0 = 1 + .5 * 17 = 9.5.
+    got = n_step_advantages(rewards, values, next_values, no, yes, gamma=0.5)
+    np.testing.assert_allclose(got[:, 0], [9.5 - 10, 17 - 20, 24 - 30])
+    # GAE: deltas are 1 + 10 - 10, 2 + 15 - 20, 4 + 20 - 30; lambda 0 gives just those.
+    got = n_step_advantages(rewards, values, next_values, no, no, gamma=0.5, lambda_=0.0)
+    np.testing.assert_allclose(got[:, 0], [1, -3, -6])
+
+
+def test_loss_by_hand() -> None:
+    tensor = torch.tensor
+    loss = a3c_loss(
+        logp=tensor([-1.0, -2.0, -9.0]),
+        entropy=tensor([0.5, 0.7, 9.0]),
+        values=tensor([1.0, 3.0, 9.0]),
+        advantages=tensor([2.0, -0.5, 9.0]),
+        returns=tensor([3.0, 2.0, 8.0]),
+        mask=tensor([1.0, 1.0, 0.0]),
+        vf_loss_coeff=0.5,
+        entropy_coeff=0.1,
+    )
+    assert loss.policy.item() == pytest.approx((2.0 - 1.0) / 2)
+    assert loss.value.item() == pytest.approx((0.5 * 4 + 0.5 * 1) / 2)
+    assert loss.entropy.item() == pytest.approx(0.6)
+    assert loss.total.item() == pytest.approx(0.5 + 0.5 * 1.25 - 0.1 * 0.6)
+
+
+def test_metrics_count_real_steps_and_raw_returns() -> None:
+    runner = make_runner()
+    runner.config.clip_rewards = 0.1
+    steps = 0
+    for _ in range(4):
+        rollout = runner.collect_rollout()
+        assert np.abs(rollout.rewards).max() <= np.float32(0.1)
+        steps += int(rollout.valid.sum())
+    log = env_of(runner).log
+    assert steps == sum(entry["real"] for row in log for entry in row) < 4 * LENGTH * len(SCRIPTS)
+    returns, lengths = [], []
+    for n in range(len(SCRIPTS)):
+        total, length = 0.0, 0
+        for entry in (row[n] for row in log if row[n]["real"]):
+            total, length = total + entry["reward"], length + 1
+            if entry["ended"]:
+                returns.append(total)
+                lengths.append(length)
+                total, length = 0.0, 0
+    metrics = runner.get_metrics()
+    assert metrics["num_env_steps_sampled"].peek() == steps
+    assert metrics["num_episodes"].peek() == len(returns)
+    assert metrics["episode_return_mean"].peek() == pytest.approx(np.mean(returns), rel=1e-5)
+    assert metrics["episode_len_mean"].peek() == pytest.approx(np.mean(lengths))
+
+
+def weights_for(runner: A3CEnvRunner, fill: float, version: int = 3) -> Weights:
+    layout = FlatParameters(runner.module.named_parameters())
+    return Weights(np.full(layout.size, fill, np.float32), layout.signature, version, 0.0, 0)
+
+
+def test_asks_for_a_full_state_until_it_has_the_learners() -> None:
+    runner = make_runner()
+    weights = weights_for(runner, 0.1)
+    assert runner.compute_gradient(weights)[0].needs_state
+    # A broadcast of RLlib's own may be incomplete, so it does not count.
+    runner.set_state({COMPONENT_RL_MODULE: runner.module.get_state()})
+    assert runner.compute_gradient(weights)[0].needs_state
+    assert not env_of(runner).log, "acted without the Learner's weights"
+    runner.set_state({COMPONENT_RL_MODULE: runner.module.get_state(), LEARNER_STAMP: 2})
+    info, gradient = runner.compute_gradient(weights)
+    real = sum(entry["real"] for row in env_of(runner).log for entry in row)
+    assert (info.needs_state, info.version, info.num_env_steps) == (False, 3, real)
+    assert gradient.shape == weights.values.shape and gradient.dtype == np.float32
+    assert all((p == 0.1).all() for p in runner.module.parameters() if p.requires_grad)
+    # A module of another shape, or of another task, can't use these weights.
+    runner.module.task_index = 1
+    runner.set_state({COMPONENT_RL_MODULE: runner.module.get_state(), LEARNER_STAMP: 2})
+    info, gradient = runner.compute_gradient(weights)
+    assert info.needs_state and gradient is None and info.task_index == 1
+
+
+def test_a_restored_learner_may_go_back_to_older_weights() -> None:
+    runner = make_runner()
+    state = {k: np.full_like(v, 0.25) for k, v in runner.module.get_state().items()}
+    runner._weights_seq_no = 100
+    runner.set_state({COMPONENT_RL_MODULE: state, LEARNER_STAMP: 7, "weights_seq_no": 7})
+    assert all((p == 0.25).all() for p in runner.module.parameters())
+    assert runner._weights_seq_no == 7
+
+
+def test_a_new_env_starts_new_episodes() -> None:
+    runner = make_runner()
+    runner.collect_rollout()
+    runner.make_env()
+    rollout = runner.collect_rollout()
+    assert len(env_of(runner).log) == LENGTH
+    np.testing.assert_array_equal(rollout.obs[0], np.stack([entry["obs"] for entry in env_of(runner).log[0]]))
+
+
+def test_rllibs_sample_and_rollouts_take_turns() -> None:
+    runner = make_runner()
+    runner.collect_rollout()
+    assert len(runner.sample(num_episodes=3)) == 3
+    steps = len(env_of(runner).log)
+    rollout = runner.collect_rollout()
+    np.testing.assert_array_equal(rollout.obs[0], np.stack([e["obs"] for e in env_of(runner).log[steps]]))
+    assert all(entry["starts"] for entry in env_of(runner).log[steps])
+
+
+def test_failed_envs_are_made_anew_if_the_config_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = make_runner()
+    fails = iter([False, False, True])
+    step = ScriptedEnv.step
+
+    def flaky(self: ScriptedEnv, actions: np.ndarray) -> Any:
+        if next(fails, False):
+            raise OSError("lost connection")
+        return step(self, actions)
+
+    monkeypatch.setattr(ScriptedEnv, "step", flaky)
+    with pytest.raises(RuntimeError, match="restart_failed_sub_environments"):
+        runner.collect_rollout()
+    fails = iter([False, False, True])
+    runner.config.restart_failed_sub_environments = True
+    rollout = runner.collect_rollout()
+    assert len(rollout.rewards) == len(env_of(runner).log) == LENGTH
+
+
+def test_flat_parameters() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1).requires_grad_(False), nn.Conv2d(1, 2, 2))
+    module[2].to(memory_format=torch.channels_last)
+    layout = FlatParameters(module.named_parameters())
+    assert layout.size == 9 + 10
+    values = np.arange(19, dtype=np.float32)
+    values.setflags(write=False)
+    before = module[1].weight.clone()
+    layout.write(values)
+    np.testing.assert_array_equal(layout.read(), values)
+    assert torch.equal(module[1].weight, before)
+    assert torch.equal(module[0].weight, torch.arange(6.0).view(3, 2))
+    same, other_task = (FlatParameters(module.named_parameters(), task) for task in (0, 1))
+    assert same.signature == layout.signature != other_task.signature
+    module[1].requires_grad_(True)
+    assert FlatParameters(module.named_parameters()).signature != layout.signature
+
+
+def test_env_and_module_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="DISABLED"):
+        make_runner(autoreset=AutoresetMode.DISABLED)
+
+    class NoValues(TorchRLModule):
+        pass
+
+    with pytest.raises(ValueError, match=r"ValueFunctionAPI.*NoValues"):
+        make_runner(NoValues)
+    runner = make_runner(autoreset=AutoresetMode.SAME_STEP)
+    with pytest.raises(ValueError, match="NEXT_STEP"):
+        runner.sample(num_episodes=1)

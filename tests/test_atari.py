@@ -1,0 +1,311 @@
+"""Atari as single and vector env: same game in both, seeding (promise 6), scores beside clipped rewards, errors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.error import ClosedEnvironmentError, ResetNeeded
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+
+import rllib_pnn.envs.registry  # noqa: F401  (makes the ids known)
+from rllib_pnn.envs.atari import ATARI_SOURCES, ATARI_TARGETS, AtariGameEnv, AtariGameVectorEnv
+
+STICKY = {"game": "riverraid", "repeat_action_probability": 0.25, "max_episode_frames": 240}
+
+
+def actions_of(num_steps: int, num_envs: int, num_actions: int = 18) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, num_actions, (num_steps, num_envs))
+
+
+def digest(env: AtariGameVectorEnv, seed: int | None, num_steps: int = 70) -> str:
+    """Hash of all that a batch returns after a reset; its episodes last 60 steps with STICKY."""
+    sha = hashlib.sha256(env.reset(seed=seed)[0].tobytes())
+    for action in actions_of(num_steps, env.num_envs):
+        for part in env.step(action)[:4]:
+            sha.update(np.ascontiguousarray(part).tobytes())
+    return sha.hexdigest()
+
+
+def test_single_envs_and_batch_play_the_same_episodes():
+    batch = AtariGameVectorEnv(3, **STICKY)
+    singles = [AtariGameEnv(**STICKY) for _ in range(3)]
+    observations, _ = batch.reset(seed=11)
+    for i, single in enumerate(singles):
+        np.testing.assert_array_equal(single.reset(seed=11 + i)[0], observations[i])
+    ended = [False] * 3
+    num_ends = 0
+    for action in actions_of(200, 3):
+        observations, rewards, terminated, truncated, infos = batch.step(action)
+        for i, single in enumerate(singles):
+            if ended[i]:
+                observation, info = single.reset()
+                reward, end = 0.0, (False, False)
+            else:
+                observation, reward, *end, info = single.step(action[i])
+            np.testing.assert_array_equal(observation, observations[i])
+            assert (reward, *end) == (rewards[i], terminated[i], truncated[i])
+            ended[i] = any(end)
+            num_ends += ended[i]
+            assert ("episode_score" in info) == ended[i]
+            if ended[i]:
+                assert info["episode_score"] == infos["episode_score"][i]
+                assert infos["_episode_score"][i]
+    assert num_ends >= 9
+
+
+def test_frames_are_those_of_ale_py():
+    ours = AtariGameVectorEnv(2, game="seaquest", max_episode_frames=200)
+    theirs = AtariVectorEnv(
+        "seaquest",
+        2,
+        full_action_space=True,
+        reward_clipping=False,
+        num_threads=1,
+        max_num_frames_per_episode=200,
+    )
+    np.testing.assert_array_equal(ours.reset(seed=5)[0], theirs.reset(seed=5)[0])
+    for action in actions_of(120, 2):
+        for got, expected in zip(ours.step(action)[:4], theirs.step(action)[:4], strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_a_seed_names_the_episodes_whatever_was_played_before_and_with_any_number_of_threads():
+    env = AtariGameVectorEnv(2, **STICKY)
+    first = digest(env, seed=7)
+    assert digest(env, seed=7) == first
+    assert digest(AtariGameVectorEnv(2, num_threads=2, **STICKY), seed=7) == first
+    assert digest(env, seed=8) != first
+
+
+def test_a_seed_names_the_same_episodes_in_another_process():
+    code = (
+        "from tests.test_atari import *; "
+        "print(digest(AtariGameVectorEnv(2, **STICKY), seed=3), digest(AtariGameVectorEnv(2, **STICKY), seed=4))"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    env = {**os.environ, "PYTHONPATH": root, "PYTHONHASHSEED": "1"}
+    output = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
+    here = [digest(AtariGameVectorEnv(2, **STICKY), seed=seed) for seed in (3, 4)]
+    assert output.stdout.split() == here
+
+
+def test_a_list_of_seeds_seeds_each_env():
+    batch = AtariGameVectorEnv(2, **STICKY)
+    digests = [digest(batch, seed=seed, num_steps=20) for seed in (21, [21, 22], [22, 21])]
+    assert digests[0] == digests[1] != digests[2]
+    with pytest.raises(ValueError, match="3 seeds for 2 envs"):
+        batch.reset(seed=[1, 2, 3])
+
+
+def test_seeds_beyond_the_emulators_range_are_seeds_too():
+    env = AtariGameVectorEnv(2, **STICKY)
+    assert digest(env, seed=2**31 - 1, num_steps=5) == digest(env, seed=2**31 - 1, num_steps=5)
+
+
+def test_reset_without_a_seed_goes_on_with_the_stream():
+    def episodes() -> list[str]:
+        env = AtariGameVectorEnv(1, **STICKY)
+        env.reset(seed=5)
+        return [digest(env, seed=None, num_steps=20) for _ in range(4)]
+
+    played = episodes()
+    assert played == episodes()
+    assert len(set(played)) == 4
+
+
+def test_unseeded_envs_differ():
+    # ale_py alone would start all of them alike.
+    digests = {digest(AtariGameVectorEnv(1, **STICKY), seed=None, num_steps=20) for _ in range(4)}
+    assert len(digests) > 1
+
+
+def test_rewards_are_clipped_on_request_and_the_score_is_not():
+    raw, clipped = (AtariGameVectorEnv(2, reward_clipping=clip, **STICKY) for clip in (False, True))
+    raw.reset(seed=0)
+    clipped.reset(seed=0)
+    returns, clipped_returns, scores = np.zeros(2), np.zeros(2), []
+    for action in actions_of(150, 2):
+        _, rewards, *_, raw_infos = raw.step(action)
+        _, small_rewards, *_, infos = clipped.step(action)
+        np.testing.assert_array_equal(small_rewards, rewards.clip(-1, 1))
+        returns += rewards
+        clipped_returns += small_rewards
+        if infos:
+            for i in np.flatnonzero(infos["_episode_score"]):
+                assert infos["episode_score"][i] == raw_infos["episode_score"][i] == returns[i]
+                scores.append((returns[i], clipped_returns[i]))
+                returns[i] = clipped_returns[i] = 0.0
+    assert len(scores) >= 4
+    assert any(score > clipped_return > 0 for score, clipped_return in scores)
+
+
+def test_infos_are_empty_within_episodes():
+    env = AtariGameVectorEnv(2, **STICKY)
+    assert env.reset(seed=0)[1] == {}
+    num_ends = 0
+    for action in actions_of(130, 2):
+        *_, terminated, truncated, infos = env.step(action)
+        ended = terminated | truncated
+        num_ends += ended.sum()
+        assert bool(infos) == ended.any()
+        if infos:
+            np.testing.assert_array_equal(infos["_episode_score"], ended)
+    assert num_ends == 4
+
+
+def test_observations_are_new_arrays_that_the_caller_may_keep_and_change():
+    env, twin = AtariGameVectorEnv(2, game="pong"), AtariGameVectorEnv(2, game="pong")
+    kept = [env.reset(seed=0)[0]]
+    twin.reset(seed=0)
+    copies = [kept[0].copy()]
+    for action in actions_of(30, 2):
+        kept.append(env.step(action)[0])
+        copies.append(kept[-1].copy())
+        changed = twin.step(action)[0]
+        np.testing.assert_array_equal(changed, kept[-1])
+        changed[:] = 77
+    for observation, copy in zip(kept, copies, strict=True):
+        np.testing.assert_array_equal(observation, copy)
+
+
+def test_frames_from_before_the_episode_are_zero_and_the_stack_moves_by_one():
+    env = AtariGameVectorEnv(1, game="pong", frame_stack=3, max_episode_frames=40)
+    observation, _ = env.reset(seed=0)
+    ended, num_resets = False, 0
+    for action in actions_of(30, 1):
+        previous = observation
+        observation, _, terminated, truncated, _ = env.step(action)
+        if ended:
+            num_resets += 1
+            assert not observation[0, :2].any() and observation[0, 2].any()
+        else:
+            np.testing.assert_array_equal(observation[0, :2], previous[0, 1:])
+        ended = bool(terminated[0] | truncated[0])
+    assert num_resets == 2
+
+
+@pytest.mark.parametrize("game", [*ATARI_SOURCES, *ATARI_TARGETS])
+def test_the_papers_games_share_their_spaces(game: str):
+    env = AtariGameVectorEnv(1, game=game)
+    assert env.single_action_space == gym.spaces.Discrete(18)
+    assert env.single_observation_space == gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    observations, _ = env.reset(seed=0)
+    assert observations in env.observation_space
+    for action in (2, 17):
+        observations, *_ = env.step(np.array([action]))
+    assert len(np.unique(observations[0, -1])) > 1
+
+
+def test_a_games_own_actions_on_request():
+    env = AtariGameVectorEnv(1, game="pong", full_action_space=False)
+    assert env.single_action_space == gym.spaces.Discrete(6)
+
+
+def test_episodes_are_truncated_at_max_episode_frames():
+    env = AtariGameEnv(game="pong", max_episode_frames=100, frameskip=5, noop_max=0)
+    env.reset(seed=0)
+    ends = [env.step(0)[2:4] for _ in range(20)]
+    assert ends == [(False, False)] * 19 + [(False, True)]
+
+
+@pytest.mark.filterwarnings("error")
+def test_gymnasiums_checker_has_nothing_to_say():
+    check_env(gym.make("rllib_pnn/Atari-v0", game="boxing", render_mode="rgb_array").unwrapped)
+
+
+def test_render_shows_what_the_agent_sees():
+    env = AtariGameVectorEnv(2, game="pong", render_mode="rgb_array")
+    with pytest.raises(ResetNeeded, match="before the first reset"):
+        env.render()
+    observations, _ = env.reset(seed=0)
+    frames = env.render()
+    assert len(frames) == 2 and frames[1].shape == (336, 336, 3) and frames[1].dtype == np.uint8
+    for channel in range(3):
+        np.testing.assert_array_equal(frames[1][::4, ::4, channel], observations[1, -1])
+
+
+def test_metadata_is_the_envs_own(monkeypatch):
+    monkeypatch.setattr(gym.vector.VectorEnv, "metadata", {})
+    env = AtariGameVectorEnv(1, game="pong", frameskip=2)
+    assert env.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    assert env.metadata["render_fps"] == 30
+    # ale_py on its own writes there, and every vector env of the process would claim NEXT_STEP.
+    assert gym.vector.VectorEnv.metadata == {}
+
+
+def test_close_ends_the_emulators_threads():
+    def num_threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    before = num_threads()
+    env = AtariGameVectorEnv(4, game="pong", num_threads=3)
+    env.reset(seed=0)
+    assert num_threads() > before
+    env.close()
+    env.close()
+    assert num_threads() == before
+    with pytest.raises(ClosedEnvironmentError, match="closed"):
+        env.step(np.zeros(4, int))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"game": "road_runer"}, "game is 'road_runer'; did you mean 'road_runner'?"),
+        ({"game": "RiverRaid"}, "did you mean 'riverraid'?"),
+        ({"game": "nothing_like_it"}, "none of the 1.. known names is close"),
+        ({"gmae": "pong"}, "unknown option 'gmae'; did you mean 'game'?"),
+        ({"frame_stack": 0}, "frame_stack must be a whole number >= 1, got 0"),
+        ({"frame_stack": 2.5}, "frame_stack must be a whole number >= 1, got 2.5"),
+        ({"frameskip": True}, "frameskip must be a whole number >= 1, got True"),
+        ({"noop_max": -1}, "noop_max must be a whole number >= 0, got -1"),
+        ({"max_episode_frames": "many"}, "max_episode_frames must be a whole number"),
+        ({"num_threads": None}, "num_threads must be a whole number >= 1, got None"),
+        ({"repeat_action_probability": 1.5}, "must be a number from 0 to 1, got 1.5"),
+        ({"reward_clipping": "false"}, "reward_clipping must be true or false, got 'false'"),
+        ({"full_action_space": 1}, "full_action_space must be true or false, got 1"),
+        ({"render_mode": "human"}, "render_mode is 'human'; expected one of rgb_array"),
+    ],
+)
+@pytest.mark.parametrize("make", [AtariGameEnv, AtariGameVectorEnv])
+def test_bad_options_end_in_one_line(make, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make(**options)
+    assert str(error.value).startswith("rllib_pnn/Atari-v0: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        ([0, 18], r"actions run from 0 to 17, got \[0, 18\]"),
+        ([-1, 0], "actions run from 0 to 17"),
+        ([0], r"expected 2 whole numbers as actions, got int64 of shape \(1,\)"),
+        ([0.5, 1.0], "expected 2 whole numbers as actions, got float64"),
+    ],
+)
+def test_bad_actions_are_errors(actions, message):
+    # ale_py would wait for ever at an action that the game lacks.
+    env = AtariGameVectorEnv(2, game="pong")
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=message):
+        env.step(actions)
+
+
+def test_steps_out_of_turn_are_errors():
+    env = AtariGameEnv(game="pong", max_episode_frames=4)
+    with pytest.raises(ResetNeeded, match="before the first reset"):
+        env.step(0)
+    env.reset(seed=0)
+    assert env.step(0)[3]
+    with pytest.raises(ResetNeeded, match="the episode has ended"):
+        env.step(0)
+    with pytest.raises(ValueError, match="reset_mask is not supported"):
+        AtariGameVectorEnv(2).reset(options={"reset_mask": np.ones(2, bool)})
