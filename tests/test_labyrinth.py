@@ -106,15 +106,10 @@ def test_where_good_and_bad_lie_is_a_coin_flip(name: str) -> None:
         engine.new_episode(seed)
         good = [item for item in engine.items() if ITEMS[item.kind][0] > 0]
         for flip in level.flips:
-            (item,) = (
-                i for i in good if abs(i.x - flip.x) < flip.distance and abs(i.y - flip.y) <= flip.jitter
-            )
+            (item,) = (i for i in good if abs(i.x - flip.x) < flip.distance and abs(i.y - flip.y) <= flip.jitter)
             assert abs(abs(item.x - flip.x) - flip.distance / 2) <= flip.jitter
         num_good_in_the_west.append(
-            sum(
-                any(0 < f.x - i.x < f.distance and abs(f.y - i.y) <= f.jitter for i in good)
-                for f in level.flips
-            )
+            sum(any(0 < f.x - i.x < f.distance and abs(f.y - i.y) <= f.jitter for i in good) for f in level.flips)
         )
     # 108 flips of a fair coin: outside of this once in 10**8 (and the seeds are fixed)
     assert 24 < sum(num_good_in_the_west) < 84
