@@ -9,12 +9,11 @@ import importlib.resources
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from rllib_pnn.experiment.environment import prepare_ray
 from rllib_pnn.experiment.errors import InputError, RunFailed, did_you_mean
@@ -38,10 +37,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-example_app = typer.Typer(help="The tuned examples that ship in the package.", no_args_is_help=True, rich_markup_mode=None)
+example_app = typer.Typer(
+    help="The tuned examples that ship in the package.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(example_app, name="example")
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `rllib train` printed it.", show_default=False)]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, as `rllib train` printed it.", show_default=False)
+]
 
 
 @app.command()
@@ -52,7 +55,8 @@ def train(
     file: Annotated[Path | None, typer.Option("-f", "--file", metavar="FILE", help="A tuned example.")] = None,
     storage: Annotated[Path, typer.Option(metavar="DIR", help="Where the run folders go.")] = Path("runs"),
     resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Go on with a run, or all runs of an experiment, from the last checkpoint.")
+        Path | None,
+        typer.Option(metavar="RUN", help="Go on with a run, or all runs of an experiment, from the last checkpoint."),
     ] = None,
     ray_address: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Join a Ray cluster ('auto', '10.0.0.1:6379', 'ray://...').")
@@ -65,7 +69,9 @@ def train(
     """
     path = _file_argument(words or [], file)
     if (path is None) == (resume is None):
-        raise InputError("rllib train: expected a tuned example (-f FILE) or --resume RUN" + (", not both" if path else ""))
+        raise InputError(
+            "rllib train: expected a tuned example (-f FILE) or --resume RUN" + (", not both" if path else "")
+        )
     console = _console()
     if resume is not None:
         find_runs(resume)
@@ -92,7 +98,9 @@ def evaluate(
     column: Annotated[int | None, typer.Option(metavar="N", help="Which column; each task's own if not given.")] = None,
     episodes: Annotated[int, typer.Option(metavar="N", min=1, help="How many episodes.")] = 10,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the environments and of the policy.")] = 0,
-    deterministic: Annotated[bool, typer.Option(help="The most probable action rather than a sample of the policy.")] = False,
+    deterministic: Annotated[
+        bool, typer.Option(help="The most probable action rather than a sample of the policy.")
+    ] = False,
 ) -> None:
     """Play the stored columns, every column on its own task (or any column on any task)."""
     folder = _one_run(run)
@@ -113,7 +121,9 @@ def evaluate(
         raise InputError(f"--column {column}: the run stored {len(entries)} columns, expected 0 to {len(entries) - 1}")
     chosen = [name for name in tasks if name in own or column is not None] if task == "all" else [task]
     if column is None and task != "all" and task not in own:
-        raise InputError(f"--task {task}: its column is not frozen yet; frozen are {', '.join(own)}; or choose one with --column N")
+        raise InputError(
+            f"--task {task}: its column is not frozen yet; frozen are {', '.join(own)}; or choose one with --column N"
+        )
     network = store.load()
     register()
 
@@ -232,7 +242,9 @@ def _file_argument(words: list[str], file: Path | None) -> Path | None:
         if not words and file is None:
             raise InputError("rllib train file: expected the path of a tuned example after it")
     if len(words) + (file is not None) > 1:
-        raise InputError(f"rllib train: expected one tuned example, got {', '.join([*words, *([str(file)] if file else [])])}")
+        raise InputError(
+            f"rllib train: expected one tuned example, got {', '.join([*words, *([str(file)] if file else [])])}"
+        )
     return Path(words[0]) if words else file
 
 

@@ -19,6 +19,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rllib_pnn.training.a3c import A3C, A3CConfig, A3CLearner, register_a3c
 from rllib_pnn.training.a3c_env_runner import FlatParameters, GradientInfo
+from rllib_pnn.training.progressive import make_progressive
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -380,6 +381,39 @@ def test_tune_knows_the_name() -> None:
     assert tune.registry.get_trainable_cls("A3C") is A3C
 
 
+def test_a_sequence_of_tasks_grows_columns(tmp_path: Path) -> None:
+    config = make_config(num_env_runners=1, gradients_per_training_step=5)
+    config.env_runners(max_requests_in_flight_per_env_runner=2)
+    config = make_progressive(
+        config,
+        tasks=[{"name": name, "until": {"num_env_steps": 300}} for name in ("first", "second")],
+        column=[{"dense": 8}],
+        column_store=tmp_path / "columns",
+        evaluation_episodes=1,
+    )
+    algo = config.build_algo()
+    try:
+        results = []
+        while not (results and results[-1].get("done")):
+            results.append(algo.train())
+            assert len(results) < 100
+        assert {r["progressive"]["task"] for r in results} == {"first", "second"}
+        assert any(r["progressive"]["num_episodes"] for r in results)
+        assert results[-1]["columns"]["first"]["bit_equal"] == 1
+        network = module_of(algo).network
+        assert network.num_columns == 2
+        network.verify()
+        switch = next(r for r in results if r["progressive"]["task_over"])
+        assert (
+            learner_result(results[-1])["num_gradients_applied_lifetime"]
+            > learner_result(switch)["num_gradients_applied_lifetime"]
+        )
+        # Requests that were on their way when the column was frozen brought gradients of the old task.
+        assert learner_result(results[-1])["num_gradients_dropped_other_task_lifetime"] >= 1
+    finally:
+        algo.stop()
+
+
 # -- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -425,8 +459,12 @@ def test_per_episode_callbacks_are_announced_as_uncalled(caplog: pytest.LogCaptu
         def on_episode_end(self, **kwargs: Any) -> None:
             pass
 
+        def on_episode_step(self, **kwargs: Any) -> None:
+            pass
+
     make_config().callbacks(Counts).validate()
-    assert "on_episode_end" in caplog.text
+    assert "on_episode_step" in caplog.text
+    assert "on_episode_end" not in caplog.text
 
 
 # -- learning --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
+from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core import COMPONENT_RL_MODULE
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.apis import ValueFunctionAPI
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from rllib_pnn.training.a3c import A3CConfig
 from rllib_pnn.training.a3c_env_runner import LEARNER_STAMP, A3CEnvRunner, FlatParameters, Weights
 from rllib_pnn.training.a3c_loss import a3c_loss, n_step_advantages
+from rllib_pnn.training.rl_module import ProgressiveRLModule
 
 OBS_SIZE = 6
 # Per environment, episode after episode: length and how it ends. Chosen so that within rollouts of 5 steps there are
@@ -177,6 +179,7 @@ def make_config(
     *,
     action_space: gym.Space | None = None,
     image: bool = False,
+    model_config: dict[str, Any] | None = None,
     **training: Any,
 ) -> A3CConfig:
     return (
@@ -188,7 +191,7 @@ def make_config(
             rollout_fragment_length=LENGTH,
             gym_env_vectorize_mode="vector_entry_point",
         )
-        .rl_module(rl_module_spec=RLModuleSpec(module_class=module))
+        .rl_module(rl_module_spec=RLModuleSpec(module_class=module, model_config=model_config or {}))
         .training(**{"gamma": 0.9, "vf_loss_coeff": 0.7, "entropy_coeff": 0.05, **training})
         .debugging(seed=0)
     )
@@ -210,13 +213,13 @@ def slow_loss(runner: A3CEnvRunner, start: int) -> Tensor:
     recurrent = module.is_stateful()
 
     def initial_state() -> dict[str, Tensor] | None:
-        return {k: v[None] for k, v in module.get_initial_state().items()} if recurrent else None
+        return {k: torch.as_tensor(v)[None] for k, v in module.get_initial_state().items()} if recurrent else None
 
     def see(obs: np.ndarray, state: Any) -> tuple[Tensor, Tensor, Any]:
         """(logits, value, next state) of one observation."""
         tensor = torch.as_tensor(obs)[None]
         batch = {Columns.OBS: tensor[None] if recurrent else tensor, Columns.STATE_IN: state}
-        out = module._forward(batch)
+        out = module._forward_train(batch)
         value = module.compute_values(batch, embeddings=out[Columns.EMBEDDINGS])
         return out[Columns.ACTION_DIST_INPUTS].flatten(), value.flatten()[0], out.get(Columns.STATE_OUT)
 
@@ -283,6 +286,34 @@ def test_gradient_equals_the_slow_equations(autoreset: AutoresetMode, module: ty
         assert stats["total_loss"] == pytest.approx(slow_loss(runner, LENGTH * rollout).item(), rel=1e-4)
     has_reset_steps = any(not entry["real"] for row in env_of(runner).log for entry in row)
     assert has_reset_steps == (autoreset == AutoresetMode.NEXT_STEP)
+
+
+@pytest.mark.parametrize("column", [[{"dense": 7}, {"dense": 5}], [{"dense": 7}, {"lstm": 5}]])
+def test_gradient_of_a_progressive_module_with_frozen_columns(column: list[dict[str, int]]) -> None:
+    """Columns 0 and 1 are frozen; the slow equations evaluate them anew, the EnvRunner once per observation."""
+    runner = make_runner(ProgressiveRLModule, model_config={"progressive": {"column": column, "tasks": [{}] * 3}})
+    module = runner.module
+    for task_index in (1, 2):
+        module.grow({**module.progress, "task_index": task_index})
+    runner.set_state({COMPONENT_RL_MODULE: module.get_state(), LEARNER_STAMP: 1})
+    frozen_rows = 0
+    sources = module.network.sources
+
+    def count(obs: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal frozen_rows
+        frozen_rows += len(obs)
+        return sources(obs, *args, **kwargs)
+
+    module.network.sources = count
+    for rollout in range(3):
+        gradient, _ = runner.rollout_gradient(runner.collect_rollout())
+        assert frozen_rows == ((rollout + 1) * LENGTH + 1) * len(SCRIPTS)
+        np.testing.assert_allclose(gradient, slow_gradient(runner, LENGTH * rollout), rtol=5e-4, atol=2e-6)
+    # Frozen all over, there is nothing to compute.
+    module.network.freeze()
+    runner.set_state({COMPONENT_RL_MODULE: module.get_state(), LEARNER_STAMP: 2})
+    gradient, _ = runner.rollout_gradient(runner.collect_rollout())
+    assert gradient.shape == (0,)
 
 
 def test_gradient_of_box_actions_and_their_scaling() -> None:
@@ -373,6 +404,26 @@ def test_metrics_count_real_steps_and_raw_returns() -> None:
     assert metrics["num_episodes"].peek() == len(returns)
     assert metrics["episode_return_mean"].peek() == pytest.approx(np.mean(returns), rel=1e-5)
     assert metrics["episode_len_mean"].peek() == pytest.approx(np.mean(lengths))
+
+
+def test_on_episode_end_gets_a_summary() -> None:
+    class Notes(RLlibCallback):
+        def on_episode_end(self, *, episode: Any, env_runner: Any, env_index: int, **kwargs: Any) -> None:
+            env_runner.notes.append((env_index, len(episode), episode.get_return(), episode.is_terminated))
+
+    runner = A3CEnvRunner(config=make_config().callbacks(Notes))
+    runner.notes = []
+    runner.collect_rollout()
+    runner.collect_rollout()
+    rows = env_of(runner).log
+    assert [(n, length, terminated) for n, length, _, terminated in runner.notes if n == 0] == [
+        (0, 2, True),
+        (0, 4, False),
+    ]
+    # Steps 0 and 1 make env 0's first episode, step 2 is a reset, steps 3 to 6 make its second.
+    returns = [total for n, _, total, _ in runner.notes if n == 0]
+    expected = [sum(rows[t][0]["reward"] for t in steps) for steps in (range(2), range(3, 7))]
+    np.testing.assert_allclose(returns, expected)
 
 
 def weights_for(runner: A3CEnvRunner, fill: float, version: int = 3) -> Weights:

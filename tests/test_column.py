@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import paper_network
@@ -12,6 +13,15 @@ import torch
 
 from rllib_pnn.network import ColumnSpec, ProgressiveNetwork
 from rllib_pnn.network.column import Column, ColumnLayout, layer_shapes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As in every process of a training run; two threads on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def layout(spec: str | list = "mlp", shape: tuple[int, ...] = (6,), sources: int = 0) -> ColumnLayout:

@@ -1,1 +1,1 @@
-"""What a run learned and where: transfer, AFS, APS, plots, the report. Reads files, never a live algorithm."""
+"""What a run learned and where: transfer scores, AFS, APS, plots, the report. Reads files, never a live algorithm."""

@@ -119,9 +119,7 @@ class AtariGameVectorEnv(VectorEnv):
                 env_id, "repeat_action_probability", repeat_action_probability, low=0.0, high=1.0
             ),
             noop_max=check_integer(env_id, "noop_max", noop_max, minimum=0),
-            max_num_frames_per_episode=check_integer(
-                env_id, "max_episode_frames", max_episode_frames, minimum=1
-            ),
+            max_num_frames_per_episode=check_integer(env_id, "max_episode_frames", max_episode_frames, minimum=1),
             # Clipped here, where the unclipped reward is still known.
             reward_clipping=False,
             num_threads=check_integer(env_id, "num_threads", num_threads, minimum=1),
@@ -160,13 +158,11 @@ class AtariGameVectorEnv(VectorEnv):
             Observations `(N, S, 84, 84)` and empty infos.
         """
         if options and "reset_mask" in options:
-            raise ValueError(
-                f"{self.env_id}: reset_mask is not supported; episodes that ended reset themselves"
-            )
+            raise ValueError(f"{self.env_id}: reset_mask is not supported; episodes that ended reset themselves")
         emulator = self._open_emulator()
         super().reset(seed=None if seed is None or isinstance(seed, list) else int(seed))
         if seed is None and not self._seeded:
-            # ale_py would give every unseeded batch, so every EnvRunner, the same episodes.
+            # ale_py would seed sticky actions from the clock: alike in all envs made at the same moment.
             seed = int(self.np_random.integers(_SEED_RANGE))
         self._seeded = True
         frames: np.ndarray
@@ -177,9 +173,7 @@ class AtariGameVectorEnv(VectorEnv):
         self._stacks[:, -1] = self._transform(frames[:, 0])
         return self._stacks.copy(), {}
 
-    def step(
-        self, actions: Any
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Steps every env; `actions` are N whole numbers.
 
         Returns:
@@ -238,9 +232,7 @@ class AtariGameVectorEnv(VectorEnv):
             return None
         seeds = seed if isinstance(seed, list) else [int(seed) + i for i in range(self.num_envs)]
         if len(seeds) != self.num_envs:
-            raise ValueError(
-                f"{self.env_id}: {len(seeds)} seeds for {self.num_envs} envs; give one each, or one"
-            )
+            raise ValueError(f"{self.env_id}: {len(seeds)} seeds for {self.num_envs} envs; give one each, or one")
         return np.array([int(s) % _SEED_RANGE for s in seeds], dtype=np.int64)
 
     def _checked(self, actions: Any) -> np.ndarray:

@@ -109,9 +109,7 @@ def corridor_outline(path: Sequence[Point], width: float) -> tuple[Point, ...]:
     for i, (x, y) in enumerate(path):
         directions = [
             ((bx - ax) / math.dist((ax, ay), (bx, by)), (by - ay) / math.dist((ax, ay), (bx, by)))
-            for (ax, ay), (bx, by) in zip(
-                path[max(i - 1, 0) :], path[max(i - 1, 0) + 1 : i + 2], strict=False
-            )
+            for (ax, ay), (bx, by) in zip(path[max(i - 1, 0) :], path[max(i - 1, 0) + 1 : i + 2], strict=False)
         ]
         normal = np.sum([(-dy, dx) for dx, dy in directions], axis=0)
         normal /= np.linalg.norm(normal)
@@ -150,9 +148,7 @@ def along(path: Sequence[Point], first: float, spacing: float, count: int, sway:
                 break
             distance -= length
         else:
-            raise ValueError(
-                f"point {n} of {count} lies beyond the end of the centre line by {distance:.0f} units"
-            )
+            raise ValueError(f"point {n} of {count} lies beyond the end of the centre line by {distance:.0f} units")
         dx, dy = (bx - ax) / length, (by - ay) / length
         side = sway * (0, 1, 0, -1)[n % 4]
         points.append((ax + dx * distance - dy * side, ay + dy * distance + dx * side))
@@ -187,9 +183,7 @@ def _avoid(number: int, bad: str, textures: tuple[str, str, str]) -> Level:
     cells, cell = 6, 224  # 6 x 6 cells with an item in each; the start, a corner of four, is never on one
     size = cells * cell
     flips = tuple(
-        CoinFlip(
-            "apple", bad, (2 * column + 1) * cell, row * cell + cell / 2, distance=cell, jitter=cell // 4
-        )
+        CoinFlip("apple", bad, (2 * column + 1) * cell, row * cell + cell / 2, distance=cell, jitter=cell // 4)
         for row in range(cells)
         for column in range(cells // 2)
     )
@@ -199,14 +193,14 @@ def _avoid(number: int, bad: str, textures: tuple[str, str, str]) -> Level:
 
 
 def _maze_m() -> Level:
-    path = [(0, 0), (0, 896), (160, 896), (640, 416), (1120, 896), (1280, 896), (1280, 0)]
-    apples = _items("apple", [(x, y) for x in (0, 1280) for y in (64, 136, 208)])
+    path = [(0, 0), (0, 640), (120, 640), (480, 280), (840, 640), (960, 640), (960, 0)]
+    apples = _items("apple", [(x, y) for x in (0, 960) for y in (64, 136, 208)])
     return Level(
         "maze_m",
         "M-shaped maze, apples at dead ends",
         "MAP07",
         corridor_outline(path, _CORRIDOR_WIDTH),
-        _all_headings(640, 416),
+        _all_headings(480, 280),
         ("STARTAN2", "FLOOR4_8", "CEIL5_1"),
         apples,
     )
@@ -283,9 +277,7 @@ def sprite(kind: str) -> np.ndarray:
     k = _OVERSAMPLING
     canvas = np.zeros((_SPRITE_SIZE * k, _SPRITE_SIZE * k, 4), np.uint8)
 
-    def ellipse(
-        x: float, y: float, rx: float, ry: float, color: tuple[int, int, int], angle: float = 0
-    ) -> None:
+    def ellipse(x: float, y: float, rx: float, ry: float, color: tuple[int, int, int], angle: float = 0) -> None:
         cv2.ellipse(
             canvas,
             (round(x * k), round(y * k)),
@@ -427,9 +419,7 @@ def build_wad() -> bytes:
     flip_numbers: dict[tuple[str, str, int, int], int] = {}
     for kind, (reward, number, sprite_name) in ITEMS.items():
         counter = "COUNTITEM" if reward > 0 else "COUNTSECRET"
-        actors.append(
-            _ITEM_ACTOR.format(name=kind.capitalize(), number=number, counter=counter, sprite=sprite_name)
-        )
+        actors.append(_ITEM_ACTOR.format(name=kind.capitalize(), number=number, counter=counter, sprite=sprite_name))
     for level in LEVELS.values():
         for flip in level.flips:
             recipe = (flip.good, flip.bad, flip.distance, flip.jitter)

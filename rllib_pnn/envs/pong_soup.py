@@ -87,9 +87,7 @@ class PongSoupVectorEnv(AtariGameVectorEnv):
             num_threads=num_threads,
             render_mode=render_mode,
         )
-        self._as_variant = frame_transform(
-            variant, noise_std=noise_std, noise_seed=noise_seed, zoom_offset=zoom_offset
-        )
+        self._as_variant = frame_transform(variant, noise_std=noise_std, noise_seed=noise_seed, zoom_offset=zoom_offset)
         self.variant = variant
 
     def _transform(self, frames: np.ndarray) -> np.ndarray:

@@ -149,7 +149,9 @@ def build_config(plan: Plan, experiment: Experiment, cluster: Cluster, *, num_ru
         name = _SPELLING.get(key, key)
         if name not in parameters:
             known = [*parameters, *_SPELLING]
-            mend = did_you_mean(key, known, {old: new for old, new in RENAMED.items() if _SPELLING.get(new, new) in parameters})
+            mend = did_you_mean(
+                key, known, {old: new for old, new in RENAMED.items() if _SPELLING.get(new, new) in parameters}
+            )
             raise plan.error(where, f"unknown key, {type(config).__name__} has no such setting{mend}")
         if key == "num_env_runners" and value == AUTO:
             continue
@@ -220,7 +222,9 @@ def check_envs(plan: Plan, experiment: Experiment) -> tuple[gym.Space, gym.Space
         first = first or spaces
         for name, mine, expected in zip(("observation", "action"), spaces, first, strict=True):
             if mine != expected:
-                raise plan.error(where, f"its {name} space is {mine}, the first task's is {expected}; columns need the same")
+                raise plan.error(
+                    where, f"its {name} space is {mine}, the first task's is {expected}; columns need the same"
+                )
     assert first is not None
     return first
 
@@ -253,6 +257,8 @@ def _checked(plan: Plan, where: KeyPath, value: Any, parameter: _Parameter) -> A
     annotation, is_callback = parameter.annotation, parameter.section == "callbacks"
     if key.startswith(("num_cpus_", "num_gpus_")) and annotation == typing.Optional[int]:  # noqa: UP045  RLlib's own spelling
         annotation = float | None  # RLlib takes fractions of a CPU, whatever it says
+    if key == "entropy_coeff" and isinstance(value, list):
+        annotation = list[list[int | float]]  # a schedule, which RLlib's Learners take although it says float
     if is_callback or _holds_code(annotation):
         raise plan.error(where, "takes a class or a function, which a tuned example can't hold; set it from Python")
     adapter = _adapter(annotation)
@@ -291,10 +297,20 @@ def _holds_code(annotation: Any) -> bool:
     """Whether a parameter takes nothing but classes, functions and objects."""
     kinds = [typing.get_origin(a) or a for a in _alternatives(annotation)]
     plain = {bool, int, float, str, list, dict, tuple, typing.Any, inspect.Parameter.empty}
-    return not any(kind in plain or getattr(kind, "__module__", "") == "collections.abc" and kind is not Callable for kind in kinds)
+    return not any(
+        kind in plain or (getattr(kind, "__module__", "") == "collections.abc" and kind is not Callable)
+        for kind in kinds
+    )
 
 
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
 
 
 def _describe(annotation: Any) -> str:
@@ -312,7 +328,9 @@ def _refuse_code(plan: Plan, experiment: Experiment) -> None:
         for inner in ("type", "custom_model", "custom_action_dist"):
             value = section.get(inner) if isinstance(section, Mapping) else None
             if isinstance(value, str) and "." in value:
-                raise plan.error(("config", key, inner), f"{short(value)} is a path to code, expected a registered name")
+                raise plan.error(
+                    ("config", key, inner), f"{short(value)} is a path to code, expected a registered name"
+                )
 
 
 # -- the cluster ---------------------------------------------------------------------------------------------------------
@@ -390,4 +408,3 @@ def _first_line(error: BaseException) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = text.split("\nTo suppress all validation errors")[0]
     return " ".join(text.split())[:400] or type(error).__name__
-

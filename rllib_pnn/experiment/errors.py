@@ -18,7 +18,7 @@ class RunFailed(RuntimeError):
 
 
 def did_you_mean(word: object, known: Iterable[str], aliases: dict[str, str] | None = None) -> str:
-    """"; did you mean 'lr'?", or "" if nothing known is close.
+    """ "; did you mean 'lr'?", or "" if nothing known is close.
 
     Args:
         word: what came.

@@ -171,7 +171,9 @@ def check_storage(storage: Path) -> None:
     if not ancestor.is_dir():
         raise InputError(f"--storage {storage}: {ancestor} is not a folder")
     if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise InputError(f"--storage {storage}: no permission to write to {ancestor}; choose another folder with --storage DIR")
+        raise InputError(
+            f"--storage {storage}: no permission to write to {ancestor}; choose another folder with --storage DIR"
+        )
 
 
 def find_runs(path: Path) -> list[RunFolder]:
@@ -190,7 +192,9 @@ def find_runs(path: Path) -> list[RunFolder]:
         raise InputError(f"{path}: a file, expected a run folder of `rllib train`")
     below = sorted(file.parent for file in path.glob(f"*/{PLAN_FILE}"))
     mend = f"; did you mean {below[-1]}?" if below else ""
-    raise InputError(f"{path}: holds neither {EXPERIMENT_FILE} nor {PLAN_FILE}, expected a run folder of `rllib train`{mend}")
+    raise InputError(
+        f"{path}: holds neither {EXPERIMENT_FILE} nor {PLAN_FILE}, expected a run folder of `rllib train`{mend}"
+    )
 
 
 def find_experiment(path: Path) -> tuple[Path, list[str]]:

@@ -151,7 +151,9 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
         return
     level = "INFO" if verbose else "CRITICAL"
     try:
-        ray.init(address=address, include_dashboard=None if address else False, log_to_driver=verbose, logging_level=level)
+        ray.init(
+            address=address, include_dashboard=None if address else False, log_to_driver=verbose, logging_level=level
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         if address is None:
             raise RunFailed(f"Ray does not start: {' '.join(str(error).split())[:300]}") from error
@@ -180,9 +182,7 @@ def _configs(plan: Plan) -> dict[str, AlgorithmConfig]:
     return {name: make_config(plan, e, cluster, num_runs=len(plan.runs)) for name, e in plan.runs.items()}
 
 
-def _run(
-    plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], console: Console, verbose: bool
-) -> Outcome:
+def _run(plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], console: Console, verbose: bool) -> Outcome:
     """Runs the runs of one experiment until all are finished, failed or stopped by a signal."""
     folders = {name: RunFolder(path / name) for name in plan.runs}
     first = next(iter(plan.runs.values()))
@@ -215,7 +215,9 @@ def _run(
                 ),
                 callbacks=[
                     _TensorBoard(),
-                    _RunFolderCallback(folders, display, every_s=0 if checkpoints.checkpoint_frequency else CHECKPOINT_EVERY_S),
+                    _RunFolderCallback(
+                        folders, display, every_s=0 if checkpoints.checkpoint_frequency else CHECKPOINT_EVERY_S
+                    ),
                 ],
                 verbose=1 if verbose else 0,
             ),
@@ -437,7 +439,9 @@ class _RunFolderCallback(Callback):
         name = str(trial)
         kept = {key: value for key, value in result.items() if key != "config"}  # params.json has it
         flat = flatten_dict(kept)
-        row = {key: value for key, value in flat.items() if isinstance(value, str | int | float) or hasattr(value, "item")}
+        row = {
+            key: value for key, value in flat.items() if isinstance(value, str | int | float) or hasattr(value, "item")
+        }
         self._logs[name].append(json.dumps(kept, cls=SafeFallbackEncoder), row)
         now = self._progress[name].update(result)
         frozen = self._progress[name].frozen(result)
@@ -504,4 +508,3 @@ def _reason(trial: Trial) -> str:
         lines = [line.strip() for line in Path(str(trial.error_file)).read_text(encoding="utf-8").splitlines()]
         return next((line for line in reversed(lines) if line), "unknown")[:300]
     return "unknown"
-

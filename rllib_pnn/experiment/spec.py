@@ -143,7 +143,9 @@ class UntilSpec(_Model):
     @model_validator(mode="after")
     def _ends(self) -> UntilSpec:
         if self.episode_return_mean is None and self.num_env_steps is None:
-            raise ValueError("expected episode_return_mean, num_env_steps or both, got neither: the task would never end")
+            raise ValueError(
+                "expected episode_return_mean, num_env_steps or both, got neither: the task would never end"
+            )
         return self
 
 
@@ -213,11 +215,16 @@ class Experiment(_Model):
             )
         if self.progressive is not None:
             if self.run not in PROGRESSIVE_ALGORITHMS:
-                raise ValueError(f"run: {self.run} can't be progressive, expected one of {', '.join(PROGRESSIVE_ALGORITHMS)}")
+                raise ValueError(
+                    f"run: {self.run} can't be progressive, expected one of {', '.join(PROGRESSIVE_ALGORITHMS)}"
+                )
             if self.env is None:
                 raise ValueError("env: missing, expected the id of an environment")
         for metric, value in self.stop.items():
-            if METRIC_NAMES.get(metric, metric).startswith(("num_env_steps", "training_iteration", "time_")) and value <= 0:
+            if (
+                METRIC_NAMES.get(metric, metric).startswith(("num_env_steps", "training_iteration", "time_"))
+                and value <= 0
+            ):
                 raise ValueError(f"stop.{metric}: expected a number above 0, got {value:g}")
         return self
 
@@ -265,9 +272,13 @@ def load_plans(path: Path | str) -> list[Plan]:
     """
     source = read_yaml(Path(path))
     if not isinstance(source.data, Mapping) or not source.data:
-        raise source.error((), f"expected experiments by name (`my-experiment: {{run: PPO, ...}}`), got {short(source.data)}")
+        raise source.error(
+            (), f"expected experiments by name (`my-experiment: {{run: PPO, ...}}`), got {short(source.data)}"
+        )
     if "run" in source.data and not isinstance(source.data["run"], Mapping):
-        raise source.error(("run",), "expected experiments by name; put the whole file under one (`my-experiment: {run: ...}`)")
+        raise source.error(
+            ("run",), "expected experiments by name; put the whole file under one (`my-experiment: {run: ...}`)"
+        )
     return [_plan(source, name, body) for name, body in source.data.items()]
 
 
@@ -340,7 +351,11 @@ def _flatten_config(source: Source, name: str, raw: dict[str, Any]) -> dict[str,
 
 def _old_checkpoint_keys(raw: dict[str, Any]) -> None:
     """Older files keep Tune's checkpoint settings beside `run`."""
-    names = {"checkpoint_freq": "checkpoint_frequency", "keep_checkpoints_num": "num_to_keep", "checkpoint_at_end": None}
+    names = {
+        "checkpoint_freq": "checkpoint_frequency",
+        "keep_checkpoints_num": "num_to_keep",
+        "checkpoint_at_end": None,
+    }
     found = {new or old: raw.pop(old) for old, new in names.items() if old in raw}
     if found and isinstance(raw.get("checkpoint_config", {}), dict):
         raw["checkpoint_config"] = {**found, **raw.get("checkpoint_config", {})}
@@ -431,7 +446,9 @@ def _check_search(kind: str, argument: Any) -> None:
             raise ValueError(f"expected [lowest, highest], got {short(argument)}")
         low, high = (_count(value, 0) if kind == "randint" else _number(value) for value in argument)
         if not low < high or (kind == "loguniform" and low <= 0):
-            raise ValueError(f"expected [lowest, highest]{' above 0' if kind == 'loguniform' else ''}, got {short(argument)}")
+            raise ValueError(
+                f"expected [lowest, highest]{' above 0' if kind == 'loguniform' else ''}, got {short(argument)}"
+            )
 
 
 def _draw(kind: str, argument: list[Any], generator: random.Random) -> Any:

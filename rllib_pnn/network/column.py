@@ -117,7 +117,7 @@ class Column(nn.Module):
         self.fingerprint: str | None = None  # set when frozen
         self.trains = "all"  # or "heads" (baseline 2), or "none" once frozen
         spec = layout.spec
-        shapes = layer_shapes(spec, layout.observation_shape)
+        self.shapes = shapes = layer_shapes(spec, layout.observation_shape)  # of h_0 .. h_L, without batch axes
         source_shapes = [layer_shapes(s, layout.observation_shape) for s in layout.source_specs]
         self._state_widths = [layer.units for layer in spec.layers if isinstance(layer, LSTM)]
 

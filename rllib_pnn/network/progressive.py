@@ -68,8 +68,9 @@ class ProgressiveNetwork(nn.Module):
             raise ValueError(f"num_outputs: expected at least 1, got {num_outputs}")
         if lateral not in LATERALS:
             raise ValueError(f"lateral: expected one of {', '.join(LATERALS)}, got {lateral!r}")
-        if not math.isfinite(lateral_scale):
-            raise ValueError(f"lateral_scale: expected a finite number, got {lateral_scale!r}")
+        for name, number in (("lateral_scale", lateral_scale), ("input_scale", input_scale)):
+            if number is not None and not math.isfinite(number):
+                raise ValueError(f"{name}: expected a finite number, got {number!r}")
         self.channels_last_input = len(shape) == 3 and shape[2] in (1, 3, 4) and shape[0] not in (1, 3, 4)
         self.given_observation_shape = shape
         self.observation_shape = (shape[2], shape[0], shape[1]) if self.channels_last_input else shape
@@ -203,7 +204,8 @@ class ProgressiveNetwork(nn.Module):
 
     def _index(self, column: int) -> int:
         if not -len(self.columns) <= column < len(self.columns):
-            raise ValueError(f"column {column}: the network has {len(self.columns)} columns")
+            mend = "" if len(self.columns) else "; call add_column() first"
+            raise ValueError(f"column {column}: the network has {len(self.columns)} columns{mend}")
         return range(len(self.columns))[column]
 
     # -- inference -----------------------------------------------------------------------------------------------
@@ -238,7 +240,7 @@ class ProgressiveNetwork(nn.Module):
         if sources is None:
             sources = self._compute_sources(h, k, states, new_states, time_shape, resets, transform)
         else:
-            sources = {n: s.flatten(0, 1) if time_shape else s for n, s in sources.items()}
+            sources = self._check_sources(sources, k, time_shape or (len(h),))
         logits, value, new_states[k] = self.columns[k](
             h, sources, states.get(k), time_shape=time_shape, resets=resets, index=k, transform=transform
         )
@@ -355,6 +357,23 @@ class ProgressiveNetwork(nn.Module):
                 )
             collected.append(layers)
         return _concatenate(collected, self.columns[k].reads)
+
+    def _check_sources(self, sources: Mapping[int, Tensor], k: int, leading: tuple[int, ...]) -> dict[int, Tensor]:
+        """Sources that a caller kept, with one batch axis; `leading` is (B,) or (B, T)."""
+        checked = {}
+        for number in self.columns[k].reads:
+            if number not in sources:
+                raise ValueError(f"sources: layer {number} is missing; column {k} reads layers {self.columns[k].reads}")
+            found, expected = tuple(sources[number].shape), (*leading, *self._source_shape(k, number))
+            if found != expected:
+                raise ValueError(f"sources: layer {number}: expected {expected}, got {found}")
+            checked[number] = sources[number].flatten(0, len(leading) - 1)
+        return checked
+
+    def _source_shape(self, k: int, number: int) -> tuple[int, ...]:
+        """Shape of h^{<k} of one layer, without batch axes."""
+        shapes = [column.shapes[number] for column in self.columns[: self.columns[k].num_sources]]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def _split_state(
         self, state: Mapping[str, Tensor] | None, time_shape: tuple[int, int] | None

@@ -4,17 +4,18 @@ A store is a folder with `manifest.json` and one `column_NNN.safetensors` a colu
 it is frozen: its file first, then the manifest, each moved into place whole, so that a kill at any moment leaves
 the store either without the column or with it. Whatever is read is data from a stranger: sizes, names and shapes are
 checked against the manifest before anything is allocated, links are refused, and every column's SHA-256 fingerprint
-is compared with the one noted at its freezing.
+is compared with the one noted at its freezing. One process writes to a store; any number may read it meanwhile.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import struct
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, BinaryIO, Final, Literal, NoReturn
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,6 +30,7 @@ from rllib_pnn.network.spec import ColumnSpec
 FORMAT: Final = "rllib_pnn.columns/1"
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 2**20
 MAX_COLUMN_BYTES = 4 * 2**30
 MAX_COLUMNS = 10_000
 
@@ -41,7 +43,7 @@ class ColumnStoreError(ValueError):
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class NetworkEntry(_Model):
@@ -51,16 +53,16 @@ class NetworkEntry(_Model):
     num_outputs: Size
     spec: dict[str, Any]
     lateral: Literal["adapter", "linear", "none"]
-    lateral_scale: Annotated[float, Field(allow_inf_nan=False)]
+    lateral_scale: float
     lateral_heads: bool
-    input_scale: Annotated[float, Field(allow_inf_nan=False)]
+    input_scale: float
     seed: int
 
 
 class ColumnEntry(_Model):
     """One frozen column: what it is, what it learned, how well, and the fingerprint that proves it unchanged.
 
-    `score` is the mean return per episode, unclipped, over `num_episodes` at freezing; `num_env_steps` were trained.
+    `score` is the mean return per episode, unclipped, at freezing (None: not measured); `num_env_steps` were trained.
     """
 
     file: Annotated[str, Field(pattern=r"^column_[0-9]{3,5}\.safetensors$")]
@@ -68,9 +70,9 @@ class ColumnEntry(_Model):
     spec: dict[str, Any]
     lateral: Literal["adapter", "linear", "none"]
     lateral_heads: bool
-    lateral_scale: Annotated[float, Field(allow_inf_nan=False)]
+    lateral_scale: float
     num_sources: Annotated[int, Field(ge=0, le=MAX_COLUMNS)]
-    input_shift: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    input_shift: float = 0.0
     task: Annotated[str, Field(max_length=200)]
     env: Annotated[str, Field(max_length=200)] | None = None
     env_config: dict[str, Any] = {}
@@ -111,15 +113,7 @@ class ColumnStore:
     def manifest(self) -> Manifest:
         """The manifest as it is on disk now. Raises `ColumnStoreError`."""
         path = self.path / MANIFEST
-        text = _read(path, MAX_MANIFEST_BYTES)
-        try:
-            return Manifest.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ColumnStoreError(f"{path}: {where + ': ' if where else ''}{_one_line(first['msg'])}") from None
-        except RecursionError:
-            raise ColumnStoreError(f"{path}: nested too deeply") from None
+        return _parse_manifest(path, _read(path, MAX_MANIFEST_BYTES))
 
     @property
     def entries(self) -> list[ColumnEntry]:
@@ -142,10 +136,20 @@ class ColumnStore:
 
         Storing a column that the store holds already, with the same fingerprint, changes nothing.
 
+        Args:
+            network, index: which column.
+            task: name of the task that it learned.
+            env, env_config: the environment, `env_config` as plain JSON data.
+            score: mean return per episode, unclipped; NaN (no episode ended) counts as not measured.
+            num_env_steps: how many it was trained on.
+            extra: anything else worth keeping, as plain JSON data.
+
         Raises:
             ColumnStoreError: not frozen, changed since, out of order, not the column that the store holds under this
                 index, or the disk refuses. The store is then as it was.
         """
+        if not 0 <= index < network.num_columns:
+            raise ColumnStoreError(f"{self.path}: no column {index} in a network of {network.num_columns}")
         column = network.columns[index]
         if column.fingerprint is None:
             raise ColumnStoreError(f"{self.path}: column {index} still trains; freeze() it first")
@@ -155,11 +159,14 @@ class ColumnStore:
             raise ColumnStoreError(f"{self.path}: column {index}: {error}") from None
         shared = _network_entry(network)
         manifest = self.manifest if self.exists() else Manifest(format=FORMAT, network=shared, columns=[])
-        held = (manifest.network.observation_shape, manifest.network.num_outputs)
-        if held != (shared.observation_shape, shared.num_outputs):
+        for name in ("observation_shape", "num_outputs", "input_scale"):
+            held, given = getattr(manifest.network, name), getattr(shared, name)
+            if held != given:
+                raise ColumnStoreError(f"{self.path / MANIFEST}: holds columns of {name} {held}, not {given}")
+        if column.input_scale != network.input_scale:
             raise ColumnStoreError(
-                f"{self.path / MANIFEST}: holds columns for observations {held[0]} and {held[1]} outputs, "
-                f"not {shared.observation_shape} and {shared.num_outputs}"
+                f"{self.path}: column {index} scales observations by {column.input_scale}, the network by "
+                f"{network.input_scale}; a store holds columns of one scale"
             )
         if index < len(manifest.columns):
             entry = manifest.columns[index]
@@ -174,28 +181,34 @@ class ColumnStore:
                 f"{self.path / MANIFEST}: holds {len(manifest.columns)} columns, column {index} can't be next"
             )
         layout = column.layout
-        entry = ColumnEntry(
-            file=f"column_{index:03d}.safetensors",
-            fingerprint=column.fingerprint,
-            spec=layout.spec.to_json(),
-            lateral=layout.lateral,  # type: ignore[arg-type]
-            lateral_heads=layout.lateral_heads,
-            lateral_scale=layout.lateral_scale,
-            num_sources=column.num_sources,
-            input_shift=layout.input_shift,
-            task=task,
-            env=env,
-            env_config=dict(env_config or {}),
-            score=score,
-            num_env_steps=num_env_steps,
-            extra=dict(extra or {}),
-        )
+        plain = {"env_config": dict(env_config or {}), "extra": dict(extra or {})}
+        try:
+            entry = ColumnEntry(
+                file=_file_name(index),
+                fingerprint=column.fingerprint,
+                spec=layout.spec.to_json(),
+                lateral=layout.lateral,  # type: ignore[arg-type]
+                lateral_heads=layout.lateral_heads,
+                lateral_scale=layout.lateral_scale,
+                num_sources=column.num_sources,
+                input_shift=layout.input_shift,
+                task=task,
+                env=env,
+                score=float(score) if score is not None and math.isfinite(score) else None,
+                num_env_steps=None if num_env_steps is None else int(num_env_steps),
+                **json.loads(json.dumps(plain, allow_nan=False)),
+            )
+            columns = [*manifest.columns, entry]
+            text = manifest.model_copy(update={"columns": columns}).model_dump_json(indent=2).encode()
+        except (ValidationError, TypeError, ValueError, RecursionError) as error:
+            reason = _where_and_what(error) if isinstance(error, ValidationError) else _one_line(error)
+            raise ColumnStoreError(f"{self.path}: column {index} can't be described as JSON: {reason}") from None
+        _parse_manifest(self.path / MANIFEST, text)  # what can't be read again is not written
         tensors = {n: p.detach().to("cpu", torch.float32).contiguous() for n, p in column.named_parameters()}
-        text = manifest.model_copy(update={"columns": [*manifest.columns, entry]}).model_dump_json(indent=2)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _write(self.path / entry.file, safetensors_save(tensors))
-            _write(self.path / MANIFEST, text.encode())
+            _write(self.path / MANIFEST, text)
         except OSError as error:
             raise ColumnStoreError(f"{error.filename or self.path}: {error.strerror or error}") from error
         return entry
@@ -207,6 +220,10 @@ class ColumnStore:
             ColumnStoreError: naming the file and what differs.
         """
         manifest = self.manifest
+        if num_columns is not None and not 0 <= num_columns <= len(manifest.columns):
+            raise ColumnStoreError(
+                f"{self.path / MANIFEST}: holds {len(manifest.columns)} columns, {num_columns} were asked for"
+            )
         shared = manifest.network
         try:
             network = ProgressiveNetwork(
@@ -219,8 +236,8 @@ class ColumnStore:
                 input_scale=shared.input_scale,
                 seed=shared.seed,
             )
-        except ValueError as error:
-            raise ColumnStoreError(f"{self.path / MANIFEST}: {error}") from None
+        except (ValueError, OverflowError) as error:
+            raise ColumnStoreError(f"{self.path / MANIFEST}: network: {_one_line(error)}") from None
         for index, entry in enumerate(manifest.columns[:num_columns]):
             network.append_column(self._load_column(network, index, entry))
         return network
@@ -230,6 +247,11 @@ class ColumnStore:
         self.load()
 
     def _load_column(self, network: ProgressiveNetwork, index: int, entry: ColumnEntry) -> Column:
+        # The name says which column it is, so that no two entries can share a file.
+        if entry.file != _file_name(index):
+            raise ColumnStoreError(
+                f"{self.path / MANIFEST}: columns.{index}.file: expected {_file_name(index)}, got {entry.file}"
+            )
         path = self.path / entry.file
         if entry.num_sources > index:
             raise ColumnStoreError(
@@ -249,16 +271,10 @@ class ColumnStore:
             )
             with torch.device("meta"):  # shapes without memory
                 column = Column(layout, network.input_scale)
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise ColumnStoreError(f"{self.path / MANIFEST}: columns.{index}: {_one_line(error)}") from None
         expected = {name: tuple(p.shape) for name, p in column.named_parameters()}
-        data = _read(path, MAX_COLUMN_BYTES)
-        _check_header(path, data, expected)
-        try:
-            tensors = safetensors_load(data)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise ColumnStoreError(f"{path}: damaged: {_one_line(error)}") from None
-        column.load_state_dict(tensors, strict=True, assign=True)
+        column.load_state_dict(_read_tensors(path, expected), strict=True, assign=True)
         found = column.compute_fingerprint()
         if found != entry.fingerprint:
             raise ColumnStoreError(
@@ -282,29 +298,81 @@ def _network_entry(network: ProgressiveNetwork) -> NetworkEntry:
     )
 
 
-def _check_header(path: Path, data: bytes, expected: dict[str, tuple[int, ...]]) -> None:
-    """Compares a safetensors header with the expected float32 shapes before any tensor is made."""
+def _file_name(index: int) -> str:
+    return f"column_{index:03d}.safetensors"
+
+
+def _parse_manifest(path: Path, text: bytes) -> Manifest:
     try:
-        (length,) = struct.unpack("<Q", data[:8])
-        if length > len(data) - 8 or length > 100 * 2**20:
-            raise ValueError(f"header of {length} bytes in a file of {len(data)}")
-        header = json.loads(data[8 : 8 + length])
-        header.pop("__metadata__", None)
-        found = {name: tuple(t["shape"]) for name, t in header.items()}
-        types = {t["dtype"] for t in header.values()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ColumnStoreError(f"{path}: damaged or not a safetensors file: {_one_line(error)}") from None
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise ColumnStoreError(
-                f"{path}: {name}: expected shape {expected.get(name, 'none')}, got {found.get(name, 'none')}"
-            )
-    if types != {"F32"}:
-        raise ColumnStoreError(f"{path}: expected float32 tensors (F32), got {', '.join(sorted(map(str, types)))}")
+        # pydantic's own JSON parser would take NaN, and the last of two equal keys.
+        data = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        return Manifest.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise ColumnStoreError(f"{path}: {_where_and_what(error)}") from None
+    except RecursionError:
+        raise ColumnStoreError(f"{path}: nested too deeply") from None
+    except ValueError as error:
+        raise ColumnStoreError(f"{path}: not a manifest: {_one_line(error)}") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _where_and_what(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return _one_line(f"{where}: {first['msg']}" if where else first["msg"])
+
+
+def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The float32 tensors of a safetensors file. Nothing is read, let alone made, unless names, shapes and size fit."""
+    with _open(path, MAX_COLUMN_BYTES) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size - 8, MAX_HEADER_BYTES):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            head = file.read(length)
+            header = json.loads(head, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+            header.pop("__metadata__", None)
+            found = {name: tuple(t["shape"]) for name, t in header.items()}
+            types = {t["dtype"] for t in header.values()}
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ColumnStoreError(f"{path}: damaged or not a safetensors file: {_one_line(error)}") from None
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                difference = f"expected shape {expected.get(name, 'none')}, got {found.get(name, 'none')}"
+                raise ColumnStoreError(f"{path}: {_one_line(f'{name}: {difference}')}")
+        if types != {"F32"}:
+            found_types = _one_line(", ".join(sorted(map(str, types))))
+            raise ColumnStoreError(f"{path}: expected float32 tensors (F32), got {found_types}")
+        expected_size = 8 + length + 4 * sum(math.prod(shape) for shape in expected.values())
+        if size != expected_size:
+            raise ColumnStoreError(f"{path}: {size} bytes, expected {expected_size}: cut short or damaged")
+        data = b"".join((struct.pack("<Q", length), head, file.read(size - 8 - length)))
+    try:
+        tensors = safetensors_load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ColumnStoreError(f"{path}: damaged: {_one_line(error)}") from None
+    # Into memory of torch's own: where a matrix starts decides how its product is rounded (promise 1).
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _read(path: Path, limit: int) -> bytes:
-    """A regular file's bytes; links, devices and files above `limit` bytes are refused before reading."""
+    with _open(path, limit) as file:
+        return file.read(os.fstat(file.fileno()).st_size)
+
+
+def _open(path: Path, limit: int) -> BinaryIO:
+    """Opens a regular file; links, folders, devices and files above `limit` bytes are refused before reading."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
@@ -312,20 +380,27 @@ def _read(path: Path, limit: int) -> bytes:
     except OSError as error:
         reason = "a symbolic link, refused" if path.is_symlink() else error.strerror
         raise ColumnStoreError(f"{path}: {reason}") from None
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ColumnStoreError(f"{path}: not a regular file")
         if status.st_size > limit:
             raise ColumnStoreError(f"{path}: {status.st_size} bytes, expected at most {limit}")
-        return file.read(limit + 1)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def _write(path: Path, data: bytes) -> None:
     """Writes a file so that it is there whole or not at all, even if the machine stops."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # One name, not one a process: what a kill leaves behind is replaced by the next attempt.
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        with open(temporary, "wb") as file:
+        # O_EXCL: a link that someone put there is not followed.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -340,4 +415,5 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split())[:300]
+    line = " ".join(str(message)[:1000].split())[:300]
+    return "".join(letter if letter.isprintable() else "?" for letter in line)

@@ -32,7 +32,6 @@ from ray.exceptions import ActorDiedError, RayError
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
-from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core import (
     COMPONENT_LEARNER,
     COMPONENT_RL_MODULE,
@@ -43,7 +42,6 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.rl_module.apis import InferenceOnlyAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
-from ray.rllib.utils import force_list
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import (
     ALL_MODULES,
@@ -70,6 +68,7 @@ from rllib_pnn.training.a3c_env_runner import (
     FlatParameters,
     GradientInfo,
     Weights,
+    episode_callbacks,
 )
 
 logger = logging.getLogger(__name__)
@@ -91,6 +90,8 @@ class A3CConfig(AlgorithmConfig):
     >>> config.rollout_fragment_length, config.num_envs_per_env_runner
     (5, 16)
     """
+
+    uses_values_in_exploration = False  # asked by make_progressive(): modules need not emit VF_PREDS when acting
 
     # RLlib's annotations are narrower than what it takes.
     env_runner_cls: Any
@@ -252,9 +253,9 @@ class A3CConfig(AlgorithmConfig):
             )
         self._check_count("max_gradient_staleness", least=0)
         self._check_count("gradients_per_training_step", least=1)
-        if callbacks := _episode_callbacks(self):
+        if uncalled := [name for name in episode_callbacks(self) if name != "on_episode_end"]:
             logger.warning(
-                f"A3C's training rollouts hold no episodes: {', '.join(callbacks)} will be called in evaluation only."
+                f"A3C's training rollouts hold no episodes: {', '.join(uncalled)} will be called in evaluation only."
             )
 
     def _check_count(self, name: str, least: int) -> None:
@@ -282,6 +283,7 @@ class A3CLearner(TorchLearner):
         self._num_applied_unreported = self._num_steps_unreported = self._max_staleness = 0
         self._apply_seconds = 0.0
         self._entropy_schedule = Scheduler(fixed_value_or_schedule=self.config.entropy_coeff)
+        self._entropy_coeff = float(self._entropy_schedule.update(0))
         super().build()
 
     @override(TorchLearner)
@@ -333,7 +335,7 @@ class A3CLearner(TorchLearner):
             values=layout.read(),
             signature=layout.signature,
             version=self._weights_seq_no,
-            entropy_coeff=float(self._entropy_schedule.update(self._num_env_steps)),
+            entropy_coeff=self._entropy_coeff,
             num_env_steps=self._num_env_steps,
         )
 
@@ -353,6 +355,11 @@ class A3CLearner(TorchLearner):
         self.apply_gradients(self.postprocess_gradients(gradients))
         self._weights_seq_no += 1
         self.after_gradient_based_update(timesteps=timesteps)
+
+    @override(TorchLearner)
+    def after_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
+        super().after_gradient_based_update(timesteps=timesteps)
+        self._entropy_coeff = float(self._entropy_schedule.update(timesteps[NUM_ENV_STEPS_SAMPLED_LIFETIME]))
 
     def _note(self, info: GradientInfo, norm: float) -> None:
         staleness = self._weights_seq_no - 1 - info.version
@@ -383,11 +390,7 @@ class A3CLearner(TorchLearner):
         log((DEFAULT_MODULE_ID, "num_gradients_applied_lifetime"), self._weights_seq_no, window=1)
         for reason, count in self._num_dropped.items():
             log((DEFAULT_MODULE_ID, f"num_gradients_dropped_{reason}_lifetime"), count, window=1)
-        log(
-            (DEFAULT_MODULE_ID, "curr_entropy_coeff"),
-            float(self._entropy_schedule.update(self._num_env_steps)),
-            window=1,
-        )
+        log((DEFAULT_MODULE_ID, "curr_entropy_coeff"), self._entropy_coeff, window=1)
         log((DEFAULT_MODULE_ID, WEIGHTS_SEQ_NO), self._weights_seq_no, window=1)
         self._sums.clear()
         self._num_applied_unreported = self._num_steps_unreported = self._max_staleness = 0
@@ -423,6 +426,7 @@ class A3CLearner(TorchLearner):
                 "num_env_steps": self._num_env_steps,
                 "num_env_steps_trained": self._num_env_steps_trained,
                 "num_dropped": dict(self._num_dropped),
+                "entropy_coeff": self._entropy_coeff,
             }
         return state
 
@@ -438,6 +442,7 @@ class A3CLearner(TorchLearner):
             self._num_env_steps = counters["num_env_steps"]
             self._num_env_steps_trained = counters["num_env_steps_trained"]
             self._num_dropped = {**self._num_dropped, **counters["num_dropped"]}
+            self._entropy_coeff = counters["entropy_coeff"]
 
 
 @dataclass(slots=True)
@@ -629,7 +634,7 @@ class A3C(Algorithm):
         self.metrics.log_value(NUM_SYNCH_WORKER_WEIGHTS, 1, reduce="sum")
         # What an inference-only state leaves out, like a critic, is needed for gradients. Modules without that API
         # decide themselves what their broadcast holds.
-        complete = issubclass(self.config.rl_module_spec.module_class, InferenceOnlyAPI)
+        complete = issubclass(self.config.get_rl_module_spec(spaces=self.spaces).module_class, InferenceOnlyAPI)
         state = self.learner_group.get_state(
             components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", inference_only=not complete
         )[COMPONENT_LEARNER]
@@ -721,15 +726,3 @@ def _torch_threads(count: int) -> Iterator[None]:
 def register_a3c() -> None:
     """Makes `A3C` known to Tune by name: `tune.Tuner("A3C")`, `run: A3C`. Idempotent."""
     tune.register_trainable("A3C", A3C)
-
-
-def _episode_callbacks(config: AlgorithmConfig) -> list[str]:
-    """Names of the per-episode callbacks that `config` sets."""
-    names = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end")
-    classes = [c for c in force_list(config.callbacks_class) if isinstance(c, type)]
-    return [
-        name
-        for name in names
-        if getattr(config, f"callbacks_{name}", None)
-        or any(getattr(c, name) is not getattr(RLlibCallback, name) for c in classes)
-    ]

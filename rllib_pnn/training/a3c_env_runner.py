@@ -3,8 +3,9 @@
 Source: Mnih et al. 2016 (arXiv 1602.01783), algorithm S3, with a vector of environments per worker. Boundary: this
 file knows environments, an RLModule and flat vectors; who applies gradients and when is a3c.py's business.
 
-Rollouts are arrays (T, N, ...): T steps of N environments, no episode objects, so RLlib's connectors and its
-`on_episode_*` callbacks take no part in training rollouts. Evaluation goes through RLlib's own `sample()`.
+Rollouts are arrays (T, N, ...): T steps of N environments, no episode objects, so RLlib's connectors take no part in
+training rollouts, and of its per-episode callbacks only `on_episode_end` is called, with an `EpisodeSummary`.
+Evaluation goes through RLlib's own `sample()`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ import torch
 import tree
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import DictInfoToList
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.core import COMPONENT_RL_MODULE
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.apis import ValueFunctionAPI
 from ray.rllib.env.env_errors import StepFailedRecreateEnvError
 from ray.rllib.env.env_runner import NUM_ENV_STEP_FAILURES_LIFETIME
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils import force_list
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import (
     COMPUTE_GRADS_TIMER,
@@ -48,6 +53,20 @@ logger = logging.getLogger(__name__)
 # A module state that carries this key comes from A3C's Learner and is complete; others (RLlib's own broadcasts) may
 # lack what `inference_only` modules do without.
 LEARNER_STAMP = "a3c_learner_stamp"
+
+
+EPISODE_CALLBACKS = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end")
+
+
+def episode_callbacks(config: Any) -> list[str]:
+    """Names of the per-episode callbacks that an `AlgorithmConfig` sets."""
+    classes = [c for c in force_list(config.callbacks_class) if isinstance(c, type)]
+    return [
+        name
+        for name in EPISODE_CALLBACKS
+        if getattr(config, f"callbacks_{name}", None)
+        or any(getattr(c, name) is not getattr(RLlibCallback, name) for c in classes)
+    ]
 
 
 class FlatParameters:
@@ -134,10 +153,28 @@ class Rollout:
     state: Any  # before the first step; None if feed-forward
     last_state: Any
     features: dict[str, Tensor]  # (T, N, ...), the module's `frozen_features`
-    last_features: dict[str, Tensor]  # (N, ...)
+    last_features: dict[str, Tensor]  # of last_obs, as the module gave them
     final: list[
         tuple[int, int, Tensor, Any]
     ]  # (t, n, obs, state) of truncations whose state the env replaced (SAME_STEP)
+
+
+class EpisodeSummary(SingleAgentEpisode):
+    """What a rollout keeps of an episode that ended, for `on_episode_end`: return, length and duration; no steps."""
+
+    def __init__(self, length: int, episode_return: float, seconds: float, *, terminated: bool) -> None:
+        super().__init__(terminated=terminated, truncated=not terminated)
+        self.t = length
+        self._return = episode_return
+        self._seconds = seconds
+
+    @override(SingleAgentEpisode)
+    def get_return(self) -> float:
+        return self._return
+
+    @override(SingleAgentEpisode)
+    def get_duration_s(self) -> float:
+        return self._seconds
 
 
 class A3CEnvRunner(SingleAgentEnvRunner):
@@ -173,8 +210,10 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         self._num_env_steps_unreported = 0
         self._num_rollouts_unreported = 0
         self._finished: list[tuple[int, float, float]] = []  # length, return, seconds
+        self._task_of_episodes = 0
         self._seconds = {SAMPLE_TIMER: 0.0, ENV_STEP_TIMER: 0.0, COMPUTE_GRADS_TIMER: 0.0}
         super().__init__(config=config, **kwargs)
+        self._calls_episode_end = "on_episode_end" in episode_callbacks(self.config)
 
     # -- RLlib's EnvRunner ---------------------------------------------------------------------------------------
 
@@ -232,6 +271,9 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         if COMPONENT_RL_MODULE in state and not self.config.in_evaluation:
             self._forget_layout()
             self._has_learner_state = stamp is not None
+            if (task_index := self._module_task()) != self._task_of_episodes:
+                self._task_of_episodes = task_index
+                self._finished.clear()
             if stamp is not None:
                 self._weights_seq_no = stamp
 
@@ -261,10 +303,9 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             report: attach this EnvRunner's metrics since the last report.
 
         Returns:
-            The stamp and the gradient (size,) float32 (None with `needs_state`), reused by the next call.
+            The stamp and the gradient, (size,) float32; None with `needs_state`.
         """
-        layout = self._get_layout()
-        task_index = int(getattr(self.module, "task_index", 0))
+        layout, task_index = self._get_layout(), self._module_task()
         if not self._has_learner_state or weights.signature != layout.signature:
             metrics = self.get_metrics() if report else None
             return GradientInfo(layout.signature, task_index=task_index, needs_state=True, metrics=metrics), None
@@ -301,8 +342,12 @@ class A3CEnvRunner(SingleAgentEnvRunner):
 
     def _get_layout(self) -> FlatParameters:
         if self._layout is None:
-            self._layout = FlatParameters(self.module.named_parameters(), int(getattr(self.module, "task_index", 0)))
+            self._layout = FlatParameters(self.module.named_parameters(), self._module_task())
         return self._layout
+
+    def _module_task(self) -> int:
+        """Of a module that learns tasks one after the other; 0 for any other."""
+        return int(getattr(self.module, "task_index", 0))
 
     def _forget_layout(self) -> None:
         self._layout = None
@@ -346,8 +391,9 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         for t in range(length):
             obs[t].copy_(torch.from_numpy(self._obs))
             batch = self._make_batch(obs[t], self._state)
-            features.append(self._frozen_features(batch))
-            batch.update(self._add_time(features[-1]) if recurrent else features[-1])
+            batch_features = self._frozen_features(batch)
+            features.append(self._per_step(batch_features, recurrent))
+            batch.update(batch_features)
             out = module.forward_exploration(batch, t=self.num_env_steps_sampled_lifetime)
             logits = out[Columns.ACTION_DIST_INPUTS]
             action = distribution.from_logits(logits.squeeze(1) if recurrent else logits).sample()
@@ -371,7 +417,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
                 state = None
             if not self._next_step_reset:
                 final.extend(self._final_states(t, truncated & ~terminated[t], infos, state))
-            self._count(reward, done[t], valid[t])
+            self._count(reward, done[t], valid[t], terminated[t])
             # What comes next in this env is a reset, its action ignored.
             self._is_reset_step = done[t] if self._next_step_reset else self._is_reset_step
             self._last_features = None
@@ -455,18 +501,37 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             return rewards.clip(-limit, limit)
         return rewards
 
-    def _count(self, reward: np.ndarray, done: np.ndarray, valid: np.ndarray) -> None:
+    def _count(self, reward: np.ndarray, done: np.ndarray, valid: np.ndarray, terminated: np.ndarray) -> None:
         """Episode statistics, of raw rewards; Python objects only where an episode ends."""
         self._episode_returns += reward * valid
         self._episode_lengths += valid
         self._num_env_steps_unreported += int(valid.sum())
         for n in np.flatnonzero(done & valid):
             now = time.perf_counter()
-            self._finished.append(
-                (int(self._episode_lengths[n]), float(self._episode_returns[n]), now - self._episode_starts[n])
-            )
+            length, episode_return = int(self._episode_lengths[n]), float(self._episode_returns[n])
+            seconds = now - self._episode_starts[n]
+            self._finished.append((length, episode_return, seconds))
             self._episode_returns[n] = self._episode_lengths[n] = 0
             self._episode_starts[n] = now
+            if self._calls_episode_end:
+                summary = EpisodeSummary(length, episode_return, seconds, terminated=bool(terminated[n]))
+                self._call_episode_end(summary, int(n))
+
+    def _call_episode_end(self, episode: EpisodeSummary, env_index: int) -> None:
+        make_callback(
+            "on_episode_end",
+            callbacks_objects=self._callbacks,
+            callbacks_functions=self.config.callbacks_on_episode_end,
+            kwargs={
+                "episode": episode,
+                "prev_episode_chunks": [],
+                "env_runner": self,
+                "metrics_logger": self.metrics,
+                "env": self.env.unwrapped,
+                "rl_module": self.module,
+                "env_index": env_index,
+            },
+        )
 
     # -- recurrent states and frozen features --------------------------------------------------------------------
 
@@ -494,17 +559,18 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         return {Columns.OBS: obs.unsqueeze(1), Columns.STATE_IN: state}
 
     def _frozen_features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """(B, ...) features of one time step; those of the last rollout's last observation are not computed again."""
+        """The module's features of one time step; those of the last rollout's last step are not computed again."""
         if self._last_features is not None:
             return self._last_features
-        if not hasattr(self.module, "frozen_features"):
-            return {}
-        features = self.module.frozen_features(batch)
-        return {k: f.squeeze(1) for k, f in features.items()} if Columns.STATE_IN in batch else dict(features)
+        return dict(self.module.frozen_features(batch)) if hasattr(self.module, "frozen_features") else {}
 
     @staticmethod
-    def _add_time(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key: feature.unsqueeze(1) for key, feature in features.items()}
+    def _per_step(features: Mapping[str, Tensor], recurrent: bool) -> dict[str, Tensor]:
+        """(B, ...) of each feature. Recurrent ones come as (B, 1, ...); what has no time axis is a state, of use in
+        acting only."""
+        if not recurrent:
+            return dict(features)
+        return {key: feature.squeeze(1) for key, feature in features.items() if feature.dim() > 2}
 
     def _final_states(
         self, t: int, truncated: np.ndarray, infos: Mapping[str, Any], state: Any
@@ -528,7 +594,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         """Gradient of A3C's loss on a rollout with respect to the trainable parameters.
 
         Returns:
-            (size,) float32, reused by the next call, and the loss terms.
+            (size,) float32 and the loss terms.
         """
         start = time.perf_counter()
         layout = self._get_layout()
@@ -565,8 +631,10 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             vf_loss_coeff=self.config.vf_loss_coeff,
             entropy_coeff=self._entropy_coeff,
         )
-        gradients = torch.autograd.grad(loss.total, layout.parameters, allow_unused=True, materialize_grads=True)
-        gradient = torch.cat([g.reshape(-1) for g in gradients]).cpu().numpy()
+        gradient = np.empty(0, dtype=np.float32)
+        if layout.parameters:  # none while everything is frozen
+            gradients = torch.autograd.grad(loss.total, layout.parameters, allow_unused=True, materialize_grads=True)
+            gradient = torch.cat([g.reshape(-1) for g in gradients]).cpu().numpy()
         names = ("total_loss", "policy_loss", "vf_loss", "entropy")
         stats = dict(zip(names, torch.stack([term.detach() for term in loss]).tolist(), strict=True))
         spread = returns[rollout.valid].var() if rollout.valid.any() else 0.0
@@ -591,13 +659,11 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             state = tree.map_structure(lambda *leaves: torch.stack(leaves), *[s for _, _, _, s in rollout.final])
         return self._values(obs, state, None)
 
-    def _values(self, obs: Tensor, state: Any, features: dict[str, Tensor] | None) -> np.ndarray:
+    def _values(self, obs: Tensor, state: Any, features: Mapping[str, Tensor] | None) -> np.ndarray:
         self.module.eval()
         batch = self._make_batch(obs, state)
         if features is None:
-            features = dict(self.module.frozen_features(batch)) if hasattr(self.module, "frozen_features") else {}
-        elif state is not None:
-            features = self._add_time(features)
+            features = self.module.frozen_features(batch) if hasattr(self.module, "frozen_features") else {}
         batch.update(features)
         return self.module.compute_values(batch).reshape(len(obs)).cpu().numpy()
 

@@ -110,6 +110,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
 
     # RLlib types these as optional or as their base classes; while sampling they are what the names say.
     module: Any
+    _needs_initial_reset: bool
     _cached_to_module: Any
     _env_to_module: Any
     _module_to_env: Any
@@ -150,18 +151,17 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
             )
 
         # Without a cached batch, an error ended the previous call halfway.
-        if (
-            force_reset
-            or num_episodes is not None
-            or self._needs_initial_reset
-            or self._cached_to_module is None
-        ):
+        if force_reset or num_episodes is not None or self._needs_initial_reset or self._cached_to_module is None:
             self._reset_envs_and_episodes(explore)
         if num_episodes is not None:
             self._needs_initial_reset = True
         # The last batch of the previous call, made by the env-to-module pipeline.
         to_module, self._cached_to_module = self._cached_to_module, None
 
+        # RLlib switches to evaluation mode and back at every step, which costs as much as a small column's forward
+        # pass.
+        was_training = self.module.training
+        self.module.eval()
         initial_state = self._initial_states() if self.module.is_stateful() else None
         lists_at_end = self._overrides_callback("on_episode_end")
         done_episodes: list[SingleAgentEpisode] = []
@@ -201,10 +201,10 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
             num_steps += self.num_envs - len(was_reset)
             done = rollout.done_now()
 
-            if num_timesteps is not None:
-                last = num_steps >= num_timesteps
-            else:
-                last = num_done + len(done) >= num_episodes  # type: ignore[operator]
+            collected, wanted = (
+                (num_steps, num_timesteps) if num_episodes is None else (num_done + len(done), num_episodes)
+            )
+            last = collected >= wanted  # type: ignore[operator]
             if last:
                 for index in range(self.num_envs):
                     rollout.fill_episode(index)
@@ -229,9 +229,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
                     self._make_on_episode_callback("on_episode_end", index, self._ongoing_episodes)
                     done_episodes.append(
                         # A callback may have changed what it was given.
-                        self._ongoing_episodes[index].to_numpy()
-                        if lists_at_end
-                        else rollout.finish_episode(index)
+                        self._ongoing_episodes[index].to_numpy() if lists_at_end else rollout.finish_episode(index)
                     )
                     self._new_episode(index, self._ongoing_episodes)
                     rollout.forget_episode(index)
@@ -242,6 +240,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
 
             to_module = self._batch_for_module(observations, outputs, initial_state, was_reset)
 
+        self.module.train(was_training)
         self._done_episodes_for_metrics.extend(done_episodes)
         ongoing_episodes = [] if num_timesteps is None else self._cut_ongoing_episodes(rollout)
         self._log_env_steps(metric=self._metrics_num_env_steps_sampled, num_steps=num_steps)
@@ -275,13 +274,12 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
             with self.metrics.log_time(RLMODULE_INFERENCE_TIMER):
                 if explore:
                     num_env_runners = self.config.num_env_runners or 1
-                    outputs = self.module.forward_exploration(
+                    outputs = self._forward("exploration")(
                         to_module,
-                        t=(self.num_env_steps_sampled_lifetime // num_env_runners + num_steps)
-                        * num_env_runners,
+                        t=(self.num_env_steps_sampled_lifetime // num_env_runners + num_steps) * num_env_runners,
                     )
                 else:
-                    outputs = self.module.forward_inference(to_module)
+                    outputs = self._forward("inference")(to_module)
 
             if through_pipeline:
                 outputs = self._module_to_env(
@@ -317,6 +315,13 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
             actions_for_env = clip_action(deepcopy(outputs[Columns.ACTIONS]), piece._action_space_struct)
         return outputs, actions_for_env
 
+    def _forward(self, phase: str) -> Callable[..., dict[str, Any]]:
+        name = f"forward_{phase}"
+        # RLlib's own public method only switches modes around the private one; a module's own does what it does.
+        if getattr(type(self.module), name) is getattr(TorchRLModule, name):
+            return getattr(self.module, f"_{name}")
+        return getattr(self.module, name)
+
     def _sample_actions(self, outputs: dict[str, Any], explore: bool) -> None:
         """What `GetActions` does, operation by operation, so that the random stream is the same."""
         module = self.module
@@ -327,9 +332,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
                 "from its forward methods."
             )
         if explore:
-            distribution = module.get_exploration_action_dist_cls().from_logits(
-                outputs[Columns.ACTION_DIST_INPUTS]
-            )
+            distribution = module.get_exploration_action_dist_cls().from_logits(outputs[Columns.ACTION_DIST_INPUTS])
         else:
             distribution = (
                 module.get_inference_action_dist_cls()
@@ -380,9 +383,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
                 continue
             chunk.validate()
             rollout.finish_episode(index)
-            self._ongoing_episodes_for_metrics[chunk.id_].append(
-                chunk if keep_whole else _ChunkForMetrics(chunk)
-            )
+            self._ongoing_episodes_for_metrics[chunk.id_].append(chunk if keep_whole else _ChunkForMetrics(chunk))
             to_return.append(chunk)
         return to_return
 
@@ -541,9 +542,7 @@ class _Rollout:
         for key, values in outputs.items():
             if key not in self._outputs:
                 buffers = [e.extra_model_outputs.get(key) for e in self._episodes]
-                self._outputs[key] = _Column(
-                    [[] if b is None else b.data for b in buffers], now, self._num_rows
-                )
+                self._outputs[key] = _Column([[] if b is None else b.data for b in buffers], now, self._num_rows)
             self._outputs[key].write(now, values)
         self._observations.write(now + 1, observations)
         self._infos.append(infos)
@@ -560,9 +559,7 @@ class _Rollout:
 
     def done_now(self) -> list[int]:
         """The environments whose episode the last step ended."""
-        return [
-            int(n) for n in np.flatnonzero(self._terminateds | self._truncateds) if n not in self._just_reset
-        ]
+        return [int(n) for n in np.flatnonzero(self._terminateds | self._truncateds) if n not in self._just_reset]
 
     def fill_episode(self, index: int) -> None:
         """Puts what was collected into the episode as lists of single steps, as the parent's loop would
