@@ -7,7 +7,6 @@ import argparse
 import textwrap
 from pathlib import Path
 
-import cv2
 import matplotlib
 
 matplotlib.use("Agg")
@@ -15,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from rllib_pnn.envs.labyrinth import to_observation
 from rllib_pnn.envs.labyrinth_engine import RENDER_SIZE, Engine
 from rllib_pnn.envs.labyrinth_levels import LEVELS, Item, Level, sprite
 
@@ -54,7 +54,7 @@ def first_frame(level: Level, seed: int) -> tuple[np.ndarray, np.ndarray, tuple[
     painter.close()
     engine = Engine(level)
     engine.new_episode(seed)
-    observation = cv2.resize(engine.observe()[0], (84, 84), interpolation=cv2.INTER_AREA)
+    observation = to_observation(engine.observe()[0])
     engine.close()
     return frame, observation, pose, items
 

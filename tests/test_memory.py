@@ -11,8 +11,8 @@ import pytest
 from rllib_pnn.network import memory
 
 PROBE = """
-import resource, sys
-from rllib_pnn.network.memory import keep_freed_memory
+import resource, runpy, sys
+keep_freed_memory = runpy.run_path(sys.argv[2])["keep_freed_memory"]
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def faults():
@@ -31,7 +31,7 @@ print(faults() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_memory_is_not_fetched_again() -> None:
     def page_faults(mode: str) -> int:
-        command = [sys.executable, "-c", PROBE, mode]
+        command = [sys.executable, "-c", PROBE, mode, memory.__file__]
         return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
 
     default, kept = page_faults("default"), page_faults("keep")

@@ -56,6 +56,7 @@ def average_fisher_sensitivity(
             actions of a Discrete space with their probabilities: the same expectation without the noise, at one
             backward pass an action.
         continuous: the policy is a diagonal Gaussian (a Box space): outputs are means and log standard deviations.
+            A `Rollout` knows by itself.
         batch_size: states (sequences) in memory at once.
         seed: of the sampled actions.
         tasks: names of the tasks of the columns, for the pictures.
@@ -65,6 +66,7 @@ def average_fisher_sensitivity(
     """
     k = column_index(network, column)
     recurrent = network.is_recurrent
+    continuous = continuous or (isinstance(observations, Rollout) and observations.continuous)
     if actions not in ACTIONS:
         raise ValueError(f"actions: expected one of {', '.join(ACTIONS)}, got {actions!r}")
     if actions == "expected" and (continuous or recurrent):
@@ -139,7 +141,12 @@ def average_fisher_sensitivity(
         values=np.stack([layer_shares(layer) for layer in raw]),
         raw=raw,
         tasks=tuple(tasks),
-        settings={"num_samples": num_samples, "actions": actions, "seed": seed},
+        settings={
+            "num_samples": num_samples,
+            "actions": actions,
+            "seed": seed,
+            "laterals": lateral_keys(network, k),
+        },
     )
 
 
@@ -147,6 +154,11 @@ def layer_names(network: ProgressiveNetwork, column: int) -> tuple[str, ...]:
     """Names of a column's layers, from the observation upwards."""
     layers = column_of(network, column).layout.spec.to_json()["layers"]
     return tuple(layer_name(layer, number) for number, layer in enumerate(layers, start=1))
+
+
+def lateral_keys(network: ProgressiveNetwork, column: int) -> list[list[str]]:
+    """What has a lateral in each column up to `column`: layer numbers, `policy`, `value`. For the pictures."""
+    return [list(column_of(network, j).laterals.keys()) for j in range(column + 1)]
 
 
 def log_likelihoods(

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rllib_pnn.analysis.fisher import layer_names
+from rllib_pnn.analysis.fisher import lateral_keys, layer_names
 from rllib_pnn.analysis.rollouts import Moments, column_index, column_of, play
 from rllib_pnn.analysis.sensitivity import Sensitivity
 from rllib_pnn.network import ProgressiveNetwork
@@ -148,6 +148,7 @@ def average_perturbation_sensitivity(
             "drop": drop,
             "num_episodes": num_episodes,
             "seed": seed,
+            "laterals": lateral_keys(network, k),
             "num_evaluations": 1 + sum(critical.num_evaluations for critical in found.values()),
         },
     )

@@ -95,7 +95,6 @@ def prune_laterals(
     *,
     column: int = -1,
     max_kl: float = 0.002,
-    continuous: bool = False,
     batch_size: int = 256,
 ) -> Pruning:
     """Cuts the lateral inputs and adapter units of `column` that its policy does not need.
@@ -106,7 +105,6 @@ def prune_laterals(
         column: whose laterals; negative counts from the newest.
         max_kl: how far the policy may move on those states, mean KL in nats. A uniform policy over 6 actions is within
             1.8 of any other.
-        continuous: the policy is a diagonal Gaussian (a Box space).
         batch_size: states (sequences) in memory at once.
 
     Raises:
@@ -119,6 +117,7 @@ def prune_laterals(
         raise ValueError(f"max_kl: expected 0 or more, got {max_kl}")
     if len(rollout.observations) < 2:
         raise ValueError(f"rollout: expected at least 2 states, got {len(rollout.observations)}")
+    continuous = rollout.continuous
     batches = _batches(network, rollout, batch_size)
     units = _rank(network, k, batches, continuous)
     reference = [_policy(network, k, batch) for batch in batches]

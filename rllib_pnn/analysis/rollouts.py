@@ -31,6 +31,8 @@ class Rollout:
     """Recurrent networks: LSTM states {"h": (N, S), "c": (N, S)} before each sequence; else {}."""
     resets: np.ndarray
     """(N, T) true where an episode starts, recurrent networks only; else empty."""
+    continuous: bool = False
+    """The actions are a Box."""
 
 
 def column_index(network: ProgressiveNetwork, column: int) -> int:
@@ -104,7 +106,7 @@ def play(
         chunk = sequence_length if network.is_recurrent else 1
         kept = _Reservoir(num_states // chunk, np.random.default_rng(seed))
         returns, lengths = _play(network, envs, actions, column, num_episodes, chunk, kept, seed, transform)
-        return _rollout(returns, lengths, kept.items, network.is_recurrent)
+        return _rollout(returns, lengths, kept.items, network.is_recurrent, actions is None)
     finally:
         envs.close()
 
@@ -255,7 +257,11 @@ def _sequence(
 
 
 def _rollout(
-    returns: Sequence[float], lengths: Sequence[int], items: Sequence[Mapping[str, np.ndarray]], recurrent: bool
+    returns: Sequence[float],
+    lengths: Sequence[int],
+    items: Sequence[Mapping[str, np.ndarray]],
+    recurrent: bool,
+    continuous: bool,
 ) -> Rollout:
     def stack(key: str) -> np.ndarray:
         return np.stack([item[key] for item in items]) if items else np.empty((0, 0))
@@ -269,4 +275,5 @@ def _rollout(
         observations if recurrent else observations.reshape(-1, *observations.shape[2:]),
         states,
         resets,
+        continuous,
     )

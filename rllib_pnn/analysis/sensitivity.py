@@ -81,6 +81,25 @@ class Sensitivity:
         return cls(method, column, layers, values, raw, tasks, notes, settings)
 
 
+def agreement(first: Sensitivity, second: Sensitivity) -> dict[str, float]:
+    """How alike two measurements of one policy are, over all layers and columns that both could measure.
+
+    Returns:
+        `correlation` (Pearson; NaN for fewer than 3 shares or without any spread) and `largest_difference` of a share.
+    """
+    if first.values.shape != second.values.shape:
+        raise ValueError(f"sensitivities of {first.values.shape} and {second.values.shape} layers and columns")
+    both = np.isfinite(first.values) & np.isfinite(second.values)
+    a, b = first.values[both], second.values[both]
+    if len(a) == 0:
+        return {"correlation": math.nan, "largest_difference": math.nan}
+    spread = len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0
+    return {
+        "correlation": float(np.corrcoef(a, b)[0, 1]) if spread else math.nan,
+        "largest_difference": float(np.abs(a - b).max()),
+    }
+
+
 def feature_shares(fisher: Sequence[np.ndarray]) -> np.ndarray:
     """AFS(i, k, m) = F_i^k(m, m) / sum_k F_i^k(m, m) of one layer.
 

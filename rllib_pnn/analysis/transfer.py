@@ -257,6 +257,13 @@ def known_floor(env: str, env_config: Mapping[str, Any]) -> Floor | None:
     return None
 
 
+def known_ceiling(env: str, env_config: Mapping[str, Any]) -> float | None:
+    """A game's highest return, None if it has none or it is unknown."""
+    if env == "rllib_pnn/PongSoup-v0" or (env == "rllib_pnn/Atari-v0" and env_config.get("game") == "pong"):
+        return 21.0
+    return 500.0 if env in ("rllib_pnn/CartPoleSoup-v0", "CartPole-v1") else None
+
+
 def method_label(method: str) -> str:
     """`progressive_3` -> `Progressive, 3 columns`; baselines by the paper's numbers."""
     if method.startswith("progressive_"):

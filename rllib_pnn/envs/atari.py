@@ -162,7 +162,7 @@ class AtariGameVectorEnv(VectorEnv):
         emulator = self._open_emulator()
         super().reset(seed=None if seed is None or isinstance(seed, list) else int(seed))
         if seed is None and not self._seeded:
-            # ale_py would give every unseeded batch, so every EnvRunner, the same episodes.
+            # ale_py would seed sticky actions from the clock: alike in all envs made at the same moment.
             seed = int(self.np_random.integers(_SEED_RANGE))
         self._seeded = True
         frames: np.ndarray

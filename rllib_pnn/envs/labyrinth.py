@@ -1,9 +1,8 @@
-"""Labyrinth (Rusu et al. 2016, section 5.4): first-person 3D levels, as a gymnasium environment and a vector
-of them.
+"""Labyrinth (Rusu et al. 2016, section 5.4): first-person 3D levels as a gymnasium environment and a vector.
 
-The levels are `labyrinth_levels`, the engine is ViZDoom in place of DeepMind Lab, which can't be
-pip-installed (`labyrinth_engine`). Both environments give the same pixels for the same seed; the vector steps
-its engines side by side. No torch, no Ray. See docs/labyrinth.md.
+The levels are those of `labyrinth_levels`; the engine is ViZDoom (`labyrinth_engine`), in place of DeepMind
+Lab, which can't be pip-installed. Environment and vector give the same pixels for the same seed. No torch, no
+Ray. Departures from DeepMind Lab: docs/labyrinth.md.
 """
 
 import difflib
@@ -48,8 +47,7 @@ class LabyrinthEnv(gym.Env[np.ndarray, np.int64]):
         frame_skip: For how many tics (1/35 s) each action is held.
         episode_seconds: Game time after which an episode is truncated.
         size: Width and height of an observation in pixels.
-        render_mode: None, or "rgb_array": a second engine then plays along to draw `render`'s (480, 640, 3)
-            frames.
+        render_mode: None, or "rgb_array": a second engine plays along to draw what `render` gives.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -95,9 +93,8 @@ class LabyrinthEnv(gym.Env[np.ndarray, np.int64]):
         """Starts an episode; `options` are ignored."""
         super().reset(seed=seed)
         if self._engine is None:
+            self._render_engine = None if self.render_mode is None else Engine(self.level, RENDER_SIZE)
             self._engine = Engine(self.level)
-            if self.render_mode is not None:
-                self._render_engine = Engine(self.level, RENDER_SIZE)
         episode_seed = int(self.np_random.integers(2**31))
         for engine in self._engines():
             engine.new_episode(episode_seed)
@@ -142,7 +139,7 @@ class LabyrinthEnv(gym.Env[np.ndarray, np.int64]):
     def _observe(self) -> np.ndarray:
         assert self._engine is not None
         frame, self._good, self._bad = self._engine.observe()
-        return cv2.resize(frame, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        return to_observation(frame, self.size)
 
     def _info(self) -> dict[str, Any]:
         return {"good_items": self._good, "bad_items": self._bad}
@@ -164,6 +161,8 @@ class LabyrinthVectorEnv(VectorEnv):
         ValueError: an argument is out of its range.
     """
 
+    _threads: ThreadPoolExecutor | None = None
+
     def __init__(
         self,
         num_envs: int = 1,
@@ -184,8 +183,7 @@ class LabyrinthVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._over = np.zeros(num_envs, np.bool_)  # whose episode ended with the last step
-        # A thread each: engines run in processes of their own while their threads wait without holding the
-        # GIL.
+        # A thread each: while an engine, a process of its own, is busy, its thread waits without the GIL.
         self._threads = ThreadPoolExecutor(num_envs, thread_name_prefix="labyrinth")
         self._observations = np.zeros((num_envs, size, size, 3), np.uint8)
 
@@ -257,9 +255,10 @@ class LabyrinthVectorEnv(VectorEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Ends engines and threads."""
-        self._threads.shutdown()
-        for env in self.envs:
-            env.close()
+        if self._threads is not None:  # or the constructor has failed, and this is `__del__`
+            self._threads.shutdown()
+            for env in self.envs:
+                env.close()
 
     @property
     def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -273,6 +272,8 @@ class LabyrinthVectorEnv(VectorEnv):
 
     def _run(self, work: Callable[[int], None], indices: Iterable[int]) -> None:
         """Does the work for every index at the same time, waits for all and passes the first error on."""
+        if self._threads is None or self.closed:
+            raise gym.error.ClosedEnvironmentError("LabyrinthVectorEnv was used after close()")
         futures = [self._threads.submit(work, i) for i in indices]
         wait(futures)
         for future in futures:
@@ -291,6 +292,15 @@ class LabyrinthVectorEnv(VectorEnv):
             )
             infos[f"_{key}"] = mask.copy()
         return infos
+
+
+def to_observation(frame: np.ndarray, size: int = 84) -> np.ndarray:
+    """An engine's frame (height, width, 3) -> (size, size, 3): the whole view, squeezed from 4:3."""
+    # Up to a factor of two, bilinear sampling still looks at every pixel. It costs half of an average over
+    # areas, and OpenCV has a variant that is bit-exact on every processor.
+    nearly_all = max(frame.shape) <= 2 * size
+    how = cv2.INTER_LINEAR_EXACT if nearly_all else cv2.INTER_AREA
+    return cv2.resize(frame, (size, size), interpolation=how)
 
 
 def _find_level(name: str) -> Level:

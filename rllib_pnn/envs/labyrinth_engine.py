@@ -41,7 +41,7 @@ _RESOLUTIONS = {
     FRAME_SIZE: vizdoom.ScreenResolution.RES_160X120,
     RENDER_SIZE: vizdoom.ScreenResolution.RES_640X480,
 }
-_FIRST_TIC = 10  # by then items are spawned and the player can move (the engine holds a new player for some tics)
+_FIRST_TIC = 10  # by then items are spawned, and the engine lets the player move
 
 
 class Engine:
@@ -54,8 +54,8 @@ class Engine:
         track_items: Whether `items` can be asked (makes every step slower).
 
     Raises:
-        OSError: the level file can't be written, or programs in the folder for temporary files can't be
-        executed. vizdoom.ViZDoomErrorException: the engine didn't come up.
+        OSError: the level file can't be written, or no program be run from the folder for temporary files.
+        vizdoom.ViZDoomErrorException: the engine didn't come up.
     """
 
     def __init__(
@@ -113,7 +113,9 @@ class Engine:
         """The frame, (height, width, 3) uint8 RGB, and how many good and bad items were collected so far."""
         state = self._game.get_state()
         if state is None or state.game_variables is None:
-            raise RuntimeError("the engine has no frame to show: it ended the episode, which nothing here asks it to")
+            raise RuntimeError(
+                "the engine has no frame to show: it ended the episode, which nothing here asks it to"
+            )
         good, bad = state.game_variables
         return state.screen_buffer, int(good), int(bad)
 
@@ -121,7 +123,8 @@ class Engine:
         """Where the player is: x, y (map units), heading (degrees counter-clockwise from east)."""
         variable = vizdoom.GameVariable
         x, y, heading = (
-            self._game.get_game_variable(v) for v in (variable.POSITION_X, variable.POSITION_Y, variable.ANGLE)
+            self._game.get_game_variable(v)
+            for v in (variable.POSITION_X, variable.POSITION_Y, variable.ANGLE)
         )
         return x, y, heading
 
@@ -145,8 +148,7 @@ class _Guard:
     def __init__(self) -> None:
         read_end, write_end = os.pipe()  # neither is inherited by programs that this process runs
         try:
-            # -I -S: nothing of the user's Python set-up is needed, and a guard should start fast and stay
-            # small.
+            # -I -S: a guard needs nothing of the user's Python set-up, and should start fast and stay small.
             started = subprocess.run(
                 [sys.executable, "-I", "-S", labyrinth_guard.__file__],
                 stdin=read_end,
@@ -164,7 +166,7 @@ class _Guard:
         self._lock = threading.Lock()
         self._tokens = itertools.count()
         engine = Path(vizdoom.__file__).parent / "vizdoom"
-        launcher = self.folder / labyrinth_guard.LAUNCHER
+        self.launcher = launcher = self.folder / labyrinth_guard.LAUNCHER
         # The engine ignores Ctrl-C, which is meant for its owner and would otherwise look like a crash to it.
         launcher.write_text(
             "#!/bin/sh\n"
@@ -182,7 +184,7 @@ class _Guard:
     def start(self, game: "vizdoom.DoomGame") -> str:
         """Initialises `game` under the guard's eyes; returns the token to close it with."""
         token = str(next(self._tokens))
-        game.set_vizdoom_path(str(self.folder / labyrinth_guard.LAUNCHER))
+        game.set_vizdoom_path(str(self.launcher))
         game.set_doom_config_path(str(self.folder / f"{token}.ini"))
         self._tell("starting", token)
         try:
@@ -199,8 +201,7 @@ class _Guard:
         self._tell("closed", token)
 
     def forget(self) -> None:
-        """For a forked child: let go of the pipe, whose closing has to mean the end of the one who made
-        it."""
+        """For a forked child: let go of the pipe, whose end has to mean the end of the parent."""
         os.close(self._pipe)
 
     def _tell(self, *words: str) -> None:
@@ -219,7 +220,8 @@ _guard_lock = threading.Lock()
 def _get_guard() -> _Guard:
     global _guard
     with _guard_lock:
-        if _guard is None:
+        # The folder goes where somebody tidies up old temporary files. Engines that run are still guarded.
+        if _guard is None or not _guard.launcher.exists():
             _guard = _Guard()
         return _guard
 

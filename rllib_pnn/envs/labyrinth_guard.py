@@ -1,9 +1,8 @@
 """Cleans up after a process that started ViZDoom engines, however that process ended. Standard library only.
 
-Run as a script by `labyrinth_engine`, one per owner (a process that starts engines), never imported by it: it
-has to start in milliseconds and to outlive an owner that is killed. It makes the folder that the owner's
-engines run in, prints its path, detaches, and then listens on its standard input, whose other end only the
-owner holds:
+Run as a script by `labyrinth_engine`, one guard per owner (a process that starts engines): it outlives an
+owner that is killed. It makes the folder that the owner's engines run in, prints its path, detaches, and then
+listens on its standard input, whose other end only the owner holds:
 
     starting TOKEN      an engine is about to be started
     started TOKEN ID    it runs, and its shared memory files are named after ID
@@ -94,8 +93,7 @@ def _processes() -> Iterator[int]:
 
 
 def _engines_in(folder: Path) -> Iterator[tuple[int, str]]:
-    """The processes (pid, engine id or "") that were started from `folder` or read their configuration
-    there."""
+    """The processes (pid, engine id or "") that were started from `folder` or have their settings there."""
     inside = os.fsencode(folder) + b"/"
     for pid in _processes():
         try:
@@ -103,8 +101,8 @@ def _engines_in(folder: Path) -> Iterator[tuple[int, str]]:
         except OSError:
             continue  # ended meanwhile
         if any(argument.startswith(inside) for argument in arguments):
-            at = arguments.index(b"+viz_instance_id") + 1 if b"+viz_instance_id" in arguments else len(arguments)
-            yield pid, arguments[at].decode() if at < len(arguments) else ""
+            _, _, after = b"\0".join(arguments).partition(b"+viz_instance_id\0")
+            yield pid, after.split(b"\0")[0].decode()
 
 
 def _kill(pid: int) -> None:
@@ -123,8 +121,7 @@ def _unlink_unused(since: float, deadline: float) -> None:
         for path in names:
             if str(path) not in used:
                 path.unlink(missing_ok=True)
-        # A forked child of the owner that is yet to find the launcher gone still maps its names: come back
-        # for them.
+        # A forked child of the owner that is yet to find the launcher gone still maps its names: come back.
         if used.isdisjoint(map(str, names)) or time.monotonic() > deadline:
             return
         time.sleep(0.1)

@@ -193,14 +193,14 @@ def _avoid(number: int, bad: str, textures: tuple[str, str, str]) -> Level:
 
 
 def _maze_m() -> Level:
-    path = [(0, 0), (0, 896), (160, 896), (640, 416), (1120, 896), (1280, 896), (1280, 0)]
-    apples = _items("apple", [(x, y) for x in (0, 1280) for y in (64, 136, 208)])
+    path = [(0, 0), (0, 640), (120, 640), (480, 280), (840, 640), (960, 640), (960, 0)]
+    apples = _items("apple", [(x, y) for x in (0, 960) for y in (64, 136, 208)])
     return Level(
         "maze_m",
         "M-shaped maze, apples at dead ends",
         "MAP07",
         corridor_outline(path, _CORRIDOR_WIDTH),
-        _all_headings(640, 416),
+        _all_headings(480, 280),
         ("STARTAN2", "FLOOR4_8", "CEIL5_1"),
         apples,
     )

@@ -257,6 +257,8 @@ def _checked(plan: Plan, where: KeyPath, value: Any, parameter: _Parameter) -> A
     annotation, is_callback = parameter.annotation, parameter.section == "callbacks"
     if key.startswith(("num_cpus_", "num_gpus_")) and annotation == typing.Optional[int]:  # noqa: UP045  RLlib's own spelling
         annotation = float | None  # RLlib takes fractions of a CPU, whatever it says
+    if key == "entropy_coeff" and isinstance(value, list):
+        annotation = list[list[int | float]]  # a schedule, which RLlib's Learners take although it says float
     if is_callback or _holds_code(annotation):
         raise plan.error(where, "takes a class or a function, which a tuned example can't hold; set it from Python")
     adapter = _adapter(annotation)
@@ -296,7 +298,8 @@ def _holds_code(annotation: Any) -> bool:
     kinds = [typing.get_origin(a) or a for a in _alternatives(annotation)]
     plain = {bool, int, float, str, list, dict, tuple, typing.Any, inspect.Parameter.empty}
     return not any(
-        kind in plain or (getattr(kind, "__module__", "") == "collections.abc" and kind is not Callable) for kind in kinds
+        kind in plain or (getattr(kind, "__module__", "") == "collections.abc" and kind is not Callable)
+        for kind in kinds
     )
 
 

@@ -110,6 +110,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
 
     # RLlib types these as optional or as their base classes; while sampling they are what the names say.
     module: Any
+    _needs_initial_reset: bool
     _cached_to_module: Any
     _env_to_module: Any
     _module_to_env: Any
@@ -157,6 +158,10 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
         # The last batch of the previous call, made by the env-to-module pipeline.
         to_module, self._cached_to_module = self._cached_to_module, None
 
+        # RLlib switches to evaluation mode and back at every step, which costs as much as a small column's forward
+        # pass.
+        was_training = self.module.training
+        self.module.eval()
         initial_state = self._initial_states() if self.module.is_stateful() else None
         lists_at_end = self._overrides_callback("on_episode_end")
         done_episodes: list[SingleAgentEpisode] = []
@@ -196,10 +201,10 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
             num_steps += self.num_envs - len(was_reset)
             done = rollout.done_now()
 
-            if num_timesteps is not None:
-                last = num_steps >= num_timesteps
-            else:
-                last = num_done + len(done) >= num_episodes  # type: ignore[operator]
+            collected, wanted = (
+                (num_steps, num_timesteps) if num_episodes is None else (num_done + len(done), num_episodes)
+            )
+            last = collected >= wanted  # type: ignore[operator]
             if last:
                 for index in range(self.num_envs):
                     rollout.fill_episode(index)
@@ -235,6 +240,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
 
             to_module = self._batch_for_module(observations, outputs, initial_state, was_reset)
 
+        self.module.train(was_training)
         self._done_episodes_for_metrics.extend(done_episodes)
         ongoing_episodes = [] if num_timesteps is None else self._cut_ongoing_episodes(rollout)
         self._log_env_steps(metric=self._metrics_num_env_steps_sampled, num_steps=num_steps)
@@ -268,12 +274,12 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
             with self.metrics.log_time(RLMODULE_INFERENCE_TIMER):
                 if explore:
                     num_env_runners = self.config.num_env_runners or 1
-                    outputs = self.module.forward_exploration(
+                    outputs = self._forward("exploration")(
                         to_module,
                         t=(self.num_env_steps_sampled_lifetime // num_env_runners + num_steps) * num_env_runners,
                     )
                 else:
-                    outputs = self.module.forward_inference(to_module)
+                    outputs = self._forward("inference")(to_module)
 
             if through_pipeline:
                 outputs = self._module_to_env(
@@ -308,6 +314,13 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
         elif piece.clip_actions:
             actions_for_env = clip_action(deepcopy(outputs[Columns.ACTIONS]), piece._action_space_struct)
         return outputs, actions_for_env
+
+    def _forward(self, phase: str) -> Callable[..., dict[str, Any]]:
+        name = f"forward_{phase}"
+        # RLlib's own public method only switches modes around the private one; a module's own does what it does.
+        if getattr(type(self.module), name) is getattr(TorchRLModule, name):
+            return getattr(self.module, f"_{name}")
+        return getattr(self.module, name)
 
     def _sample_actions(self, outputs: dict[str, Any], explore: bool) -> None:
         """What `GetActions` does, operation by operation, so that the random stream is the same."""

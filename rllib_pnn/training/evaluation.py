@@ -17,6 +17,7 @@ import torch
 from ray.rllib.env.env_context import EnvContext
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
+import rllib_pnn.envs.registry  # noqa: F401  # makes the package's ids known
 from rllib_pnn.network.progressive import ProgressiveNetwork
 
 EPISODES_PER_SHARD = 8  # environments that one process plays side by side

@@ -29,10 +29,13 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.utils import force_list
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
+from rllib_pnn.envs.registry import ENV_IDS
 from rllib_pnn.network.adapter import LATERALS
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.store import ColumnStore
+from rllib_pnn.training.a3c import A3CConfig
 from rllib_pnn.training.callback import ProgressiveCallback
+from rllib_pnn.training.env_runner import ArrayEnvRunner
 from rllib_pnn.training.evaluation import make_vector_env
 from rllib_pnn.training.learner import progressive_learner_class
 from rllib_pnn.training.rl_module import (
@@ -139,7 +142,6 @@ def make_progressive(
         "evaluation_episodes": evaluation_episodes,
         "evaluation_seed": evaluation_seed,
         "seed": config.seed or 0,
-        "emits_values": getattr(config, "uses_values_in_exploration", False),
     }
     progressive = config.copy(copy_frozen=False)
     progressive.environment(env_config=dict(merged[0].env_config))
@@ -147,8 +149,11 @@ def make_progressive(
     progressive.rl_module(
         rl_module_spec=RLModuleSpec(module_class=module_class, model_config={MODEL_CONFIG_KEY: settings})
     )
-    progressive.learners(learner_class=progressive_learner_class(config.learner_class))  # type: ignore[arg-type]
+    progressive.learners(learner_class=progressive_learner_class(config.learner_class))
     progressive.env_runners(env_runner_cls=task_env_runner_class(_env_runner_class(config)))
+    if config.env in ENV_IDS and config.gym_env_vectorize_mode == gym.VectorizeMode.SYNC:
+        # The same observations, all environments of an EnvRunner stepped together.
+        progressive.env_runners(gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT)
     callbacks = [c for c in force_list(config.callbacks_class) if not issubclass(c, ProgressiveCallback)]
     progressive.callbacks([*callbacks, ProgressiveCallback])
     return progressive
@@ -157,8 +162,7 @@ def make_progressive(
 def _env_runner_class(config: AlgorithmConfig) -> type[SingleAgentEnvRunner]:
     cls = config.env_runner_cls
     if cls is None:
-        default = getattr(config, "default_env_runner_class", None)
-        cls = default or SingleAgentEnvRunner
+        return ArrayEnvRunner if config.env in ENV_IDS else SingleAgentEnvRunner
     if not isinstance(cls, type) or not issubclass(cls, SingleAgentEnvRunner):
         raise ValueError(f"env_runner_cls: expected a subclass of SingleAgentEnvRunner, got {cls!r}")
     return cls
@@ -172,7 +176,7 @@ def _check_config(config: AlgorithmConfig) -> None:
             "config: the old API stack is switched on; remove the call of `config.api_stack(...)`, or use the model "
             "'progressive' of the ModelCatalog (see the README)"
         )
-    if not isinstance(config, PPOConfig | IMPALAConfig) and not hasattr(config, "uses_values_in_exploration"):
+    if not isinstance(config, PPOConfig | IMPALAConfig | A3CConfig):
         raise ValueError(f"config: expected PPO, APPO, IMPALA or A3C, got {type(config).__name__}")
     if config.is_multi_agent:
         raise ValueError("config: a progressive network has one agent; multi-agent configs are not supported")

@@ -99,7 +99,6 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
             lateral_heads=settings.get("lateral_heads", True),
             seed=settings.get("seed") or 0,
         )
-        self.emits_values = bool(settings.get("emits_values", False))
         self._grow(task_index=0)
         self.progress: dict[str, Any] = {
             "task_index": 0,
@@ -174,17 +173,6 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         output = self._evaluate(batch)
         result: dict[str, Any] = {Columns.ACTION_DIST_INPUTS: output.logits}
-        if output.state:
-            result[Columns.STATE_OUT] = output.state
-        return result
-
-    @override(TorchRLModule)
-    def _forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        with torch.no_grad():
-            output = self._evaluate(batch)
-        result: dict[str, Any] = {Columns.ACTION_DIST_INPUTS: output.logits}
-        if self.emits_values:
-            result[Columns.VF_PREDS] = output.value
         if output.state:
             result[Columns.STATE_OUT] = output.state
         return result

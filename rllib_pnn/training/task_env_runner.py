@@ -27,6 +27,7 @@ from ray.rllib.utils.metrics import (
 )
 from ray.rllib.utils.typing import StateDict
 
+import rllib_pnn.envs.registry  # noqa: F401  # an EnvRunner's process has to know the ids
 from rllib_pnn.network.memory import keep_freed_memory
 from rllib_pnn.training.learner import note_task
 from rllib_pnn.training.rl_module import MODEL_CONFIG_KEY, ProgressiveRLModule
@@ -69,7 +70,7 @@ class TaskEnvRunnerMixin(SingleAgentEnvRunner):
 
     @override(SingleAgentEnvRunner)
     def set_state(self, state: StateDict) -> None:
-        """Takes weights and, with them, the task. Weights of an earlier task, still under way at a switch, are ignored."""
+        """Takes weights and with them the task; weights of an earlier task, late at a switch, are ignored."""
         module_state = state.get(COMPONENT_RL_MODULE)
         if module_state is not None:
             if isinstance(module_state, ray.ObjectRef):
