@@ -536,7 +536,9 @@ _DESCRIPTIONS = {
 
 
 def _is_type_tag(part: str | int) -> bool:
-    return isinstance(part, str) and (part in ("str", "float", "literal['auto']") or part.startswith(("list[", "function-")))
+    return isinstance(part, str) and (
+        part in ("str", "float", "literal['auto']") or part.startswith(("list[", "function-"))
+    )
 
 
 def _split(text: str) -> KeyPath:
