@@ -81,7 +81,7 @@ def make_progressive(
         columns_from: a run folder or column store whose columns stand in front of the first task's.
         column_store: where columns are stored; None: `columns/` in the trial's folder.
         input_shift: taken from scaled observations by each new column. `"auto"`: the task's typical pixel (median
-            over some frames of random play) for images, 0 for vectors. With 0, Pong takes three times as many steps.
+            over some frames of random play) for images, so that a plain background is 0; 0 for vectors.
         evaluation_episodes: episodes that every column plays on its own task at each task's end; 0: none.
         evaluation_seed: seed of those episodes.
         check_spaces: make every task's environment once, compare its spaces and look at its pixels; False saves
