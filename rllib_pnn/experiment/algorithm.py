@@ -296,7 +296,8 @@ def _holds_code(annotation: Any) -> bool:
     kinds = [typing.get_origin(a) or a for a in _alternatives(annotation)]
     plain = {bool, int, float, str, list, dict, tuple, typing.Any, inspect.Parameter.empty}
     return not any(
-        kind in plain or (getattr(kind, "__module__", "") == "collections.abc" and kind is not Callable) for kind in kinds
+        kind in plain or (getattr(kind, "__module__", "") == "collections.abc" and kind is not Callable)
+        for kind in kinds
     )
 
 
