@@ -10,8 +10,8 @@
             checkpoint_000007/ ...            RLlib's checkpoints, the last few
             columns/                          the frozen columns (a ColumnStore)
 
-What a killed run leaves is enough to go on from: every file is moved into place whole, and a checkpoint counts once `state.json`
-names it.
+What a killed run leaves is enough to go on from: every file is moved into place whole, and a checkpoint counts once
+`state.json` names it.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def read_plan(path: Path) -> PlanFile:
 
 
 def lock(path: Path) -> IO[str]:
-    """Keeps other processes from writing to an experiment's folder, until the returned file is closed or the process ends.
+    """Keeps other processes from writing to an experiment's folder until the returned file is closed.
 
     Raises:
         InputError: another process holds it.
@@ -258,9 +258,9 @@ def write_whole(path: Path, text: str) -> None:
 class ResultLog:
     """Appends training results to `result.json` and `progress.csv`.
 
-    Unlike Tune's own loggers it writes into the run folder itself rather than copying a staging folder every so often, gives
-    `progress.csv` a column for every metric whenever it first appears (Tune fixes them at the first result, when no
-    episode has ended and no column is frozen), and takes back the rows after the checkpoint that a run resumes from.
+    Unlike Tune's own loggers it writes into the run folder itself rather than copying a staging folder every so often,
+    gives `progress.csv` a column for every metric whenever it first appears (Tune fixes them at the first result, when
+    no episode has ended and no column is frozen), and takes back the rows after the checkpoint that a run resumes from.
 
     Args:
         path: the run folder.
