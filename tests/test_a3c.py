@@ -96,6 +96,23 @@ def test_rmsprop_update_equals_the_equations() -> None:
     assert weights.version == 6
 
 
+@pytest.mark.parametrize("grad_clip_by", ["value", "norm"])
+def test_other_ways_to_clip_are_rllibs(grad_clip_by: str) -> None:
+    learner = make_learner(lr=1.0, grad_clip=0.5, grad_clip_by=grad_clip_by, optimizer={"type": "rmsprop", "eps": 1e6})
+    layout = learner._get_layout()
+    (gradient,) = random_gradients(learner, 1)
+    before = learner.current_weights().values.astype(np.float64)
+    after = learner.apply_gradient(stamp(learner), gradient).values
+    parts = [part.double().numpy() for part in layout.split(torch.from_numpy(gradient.copy()))]
+    if grad_clip_by == "value":
+        clipped = [part.clip(-0.5, 0.5) for part in parts]
+    else:
+        clipped = [part * min(1.0, 0.5 / np.linalg.norm(part)) for part in parts]
+    # With an epsilon this large, RMSProp divides by it alone.
+    step = np.concatenate([part.ravel() for part in clipped]) / 1e6
+    np.testing.assert_allclose(before - after, step, atol=1e-7)
+
+
 def test_adam_update_equals_the_equations() -> None:
     learner = make_learner(lr=0.01, grad_clip=None, optimizer={"type": "adam", "betas": (0.8, 0.95), "eps": 1e-3})
     theta = learner.current_weights().values.astype(np.float64)
@@ -203,7 +220,13 @@ def test_results_without_env_runner_actors_and_the_same_seed_twice() -> None:
     assert learner["diff_num_grad_updates_vs_sampler_policy"] == 0
     assert learner["default_optimizer_learning_rate"] == pytest.approx(7e-4)
     assert 0.6 < learner["entropy"] < 0.7
-    for key in ("policy_loss", "vf_loss", "total_loss", "gradients_global_norm", "curr_entropy_coeff"):
+    for key in (
+        "policy_loss",
+        "vf_loss",
+        "total_loss",
+        "gradients_default_optimizer_global_norm",
+        "curr_entropy_coeff",
+    ):
         assert np.isfinite(learner[key]), key
 
 

@@ -37,7 +37,7 @@ from ray.rllib.core import (
     COMPONENT_RL_MODULE,
     DEFAULT_MODULE_ID,
 )
-from ray.rllib.core.learner.learner import Learner
+from ray.rllib.core.learner.learner import DEFAULT_OPTIMIZER, Learner
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.rl_module.apis import InferenceOnlyAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
@@ -74,8 +74,11 @@ from rllib_pnn.training.a3c_env_runner import (
 logger = logging.getLogger(__name__)
 
 OPTIMIZERS = {"rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam}
-# Of the optimizer's keys those that are not torch's own.
-OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {"rmsprop": {"alpha": 0.99, "eps": 1e-5}, "adam": {"eps": 1e-5}}
+# `foreach` and `fused` change how torch computes the update, not what.
+OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "rmsprop": {"alpha": 0.99, "eps": 1e-5, "foreach": True},
+    "adam": {"eps": 1e-5, "fused": True},
+}
 _UNSET: Any = NotProvided  # RLlib's "not given", typed so that signatures can say what is expected
 DROP_REASONS = ("stale", "other_task", "other_layout", "not_finite")
 # Seconds between two looks at an EnvRunner that restarts.
@@ -274,7 +277,8 @@ class A3CLearner(TorchLearner):
     def build(self) -> None:
         self._layout: FlatParameters | None = None
         self._layout_key: tuple[Any, ...] = ()
-        self._gradient_buffer = torch.empty(0)
+        self._gradient_buffer = self._flat_gradient = torch.empty(0)  # in host memory; on the device
+        self._gradient_norm = 0.0  # of the newest gradient, before the clip
         self._num_env_steps = 0  # that came with gradients, dropped ones included; what schedules run on
         self._num_env_steps_trained = 0
         self._num_dropped = dict.fromkeys(DROP_REASONS, 0)
@@ -313,18 +317,17 @@ class A3CLearner(TorchLearner):
         start = time.perf_counter()
         layout = self._get_layout()
         self._num_env_steps += info.num_env_steps
-        norm = 0.0
         reason = self._reason_to_drop(info, gradient, layout)
         if reason is None:
             np.copyto(self._gradient_buffer.numpy(), gradient)
-            flat = self._gradient_buffer.to(self._device)
-            norm = float(torch.linalg.vector_norm(flat))
-            reason = None if np.isfinite(norm) else "not_finite"
+            self._flat_gradient = self._gradient_buffer.to(self._device)
+            self._gradient_norm = float(torch.linalg.vector_norm(self._flat_gradient))
+            reason = None if np.isfinite(self._gradient_norm) else "not_finite"
         if reason is not None:
             self._num_dropped[reason] += 1
         else:
-            self._update_parameters(layout, flat)
-            self._note(info, norm)
+            self._note(info)
+            self._update_parameters(layout)
         self._apply_seconds += time.perf_counter() - start
         return self.current_weights()
 
@@ -348,24 +351,44 @@ class A3CLearner(TorchLearner):
             return "stale"
         return None
 
-    def _update_parameters(self, layout: FlatParameters, flat: torch.Tensor) -> None:
+    def _update_parameters(self, layout: FlatParameters) -> None:
         timesteps = {NUM_ENV_STEPS_SAMPLED_LIFETIME: self._num_env_steps}
         self.before_gradient_based_update(timesteps=timesteps)
-        gradients: ParamDict = dict(zip(layout.parameters, layout.split(flat), strict=True))
+        gradients: ParamDict = dict(zip(layout.parameters, layout.split(self._flat_gradient), strict=True))
         self.apply_gradients(self.postprocess_gradients(gradients))
         self._weights_seq_no += 1
         self.after_gradient_based_update(timesteps=timesteps)
+
+    @override(TorchLearner)
+    def postprocess_gradients(self, gradients_dict: ParamDict) -> ParamDict:
+        if self.config.grad_clip is not None and self.config.grad_clip_by != "global_norm":
+            return super().postprocess_gradients(gradients_dict)
+        # As RLlib does it, but on the vector whose parts the gradients are, and with the norm that is known already.
+        if self.config.grad_clip is not None and self._gradient_norm > self.config.grad_clip:
+            self._flat_gradient.mul_(self.config.grad_clip / (self._gradient_norm + 1e-6))
+        return gradients_dict
+
+    @override(TorchLearner)
+    def apply_gradients(self, gradients_dict: ParamDict) -> None:
+        if self._grad_scalers is not None or self._lr_scheduler_classes is not None:
+            super().apply_gradients(gradients_dict)
+            return
+        # RLlib looks twice for infinite numbers in every tensor, which costs more than the update; the norm has told.
+        for parameter, gradient in gradients_dict.items():
+            parameter.grad = gradient
+        for _, optimizer in self.get_optimizers_for_module(DEFAULT_MODULE_ID):
+            optimizer.step()
 
     @override(TorchLearner)
     def after_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
         super().after_gradient_based_update(timesteps=timesteps)
         self._entropy_coeff = float(self._entropy_schedule.update(timesteps[NUM_ENV_STEPS_SAMPLED_LIFETIME]))
 
-    def _note(self, info: GradientInfo, norm: float) -> None:
-        staleness = self._weights_seq_no - 1 - info.version
+    def _note(self, info: GradientInfo) -> None:
+        staleness = self._weights_seq_no - info.version
         for name, value in info.stats.items():
             self._sums[name] += value
-        self._sums["gradients_global_norm"] += norm
+        self._sums[f"gradients_{DEFAULT_OPTIMIZER}_global_norm"] += self._gradient_norm
         self._sums[DIFF_NUM_GRAD_UPDATES_VS_SAMPLER_POLICY] += staleness
         self._max_staleness = max(self._max_staleness, staleness)
         self._num_applied_unreported += 1
