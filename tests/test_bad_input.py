@@ -1,8 +1,10 @@
-"""Every kind of bad input gives one line on stderr, exit code 2 and leaves nothing behind; the line names place and mend."""
+"""Every kind of bad input gives one line on stderr and exit code 2, and leaves nothing behind."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import gymnasium as gym
@@ -11,6 +13,14 @@ import pytest
 import ray
 
 from rllib_pnn import cli
+from rllib_pnn.experiment import run
+from rllib_pnn.experiment.algorithm import Cluster
+from rllib_pnn.experiment.folder import RunFolder, create_experiment, lock
+from rllib_pnn.experiment.spec import load_plans
+from rllib_pnn.network import ColumnStore, ProgressiveNetwork
+from rllib_pnn.registration import register
+
+REAL_RAY = run._ray
 
 CARTPOLE = """\
 cartpole:
@@ -193,7 +203,7 @@ FILES = {
         ["bad.yaml:6", "num_env_runners", "the cluster has 2 CPUs"],
     ),
     "too few GPUs": (
-        changed(CARTPOLE, "num_env_runners: 1", "num_gpus_per_learner: 1"),
+        changed(CARTPOLE, "num_env_runners: 1", "num_env_runners: 0\n    num_gpus_per_learner: 1"),
         ["bad.yaml:", "1 GPU", "has 0"],
     ),
     "numbers that contradict each other": (
@@ -201,8 +211,8 @@ FILES = {
         ["bad.yaml:8", "config.minibatch_size", "1000", "500"],
     ),
     "columns from nowhere": (
-        changed(SOUP, "column: mlp", "columns_from: no/such/run"),
-        ["bad.yaml:6", "progressive.columns_from", "no/such/run"],
+        changed(SOUP, "column: mlp", "column: mlp\n    columns_from: no/such/run"),
+        ["bad.yaml:7", "progressive.columns_from", "no/such/run"],
     ),
     "a search without values": (
         changed(CARTPOLE, "minibatch_size: 100", "lr: {grid_search: 3}"),
@@ -213,14 +223,19 @@ FILES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    own = not ray.is_initialized()
-    if own:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    if own:
-        ray.shutdown()
+@pytest.fixture(autouse=True)
+def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster of 2 CPUs that need not be started, for what is refused never runs."""
+
+    @contextlib.contextmanager
+    def connected(address: str | None, verbose: bool) -> Iterator[None]:
+        register()
+        with run._quiet(verbose):
+            yield
+
+    monkeypatch.setattr(run, "_ray", connected)
+    monkeypatch.setattr(Cluster, "connected", lambda: Cluster(({"CPU": 2.0},)))
+    monkeypatch.setattr(run, "_run", lambda *arguments: pytest.fail("was not refused"))
 
 
 @pytest.fixture(autouse=True)
@@ -261,19 +276,15 @@ def test_bad_file(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 def soup_run(folder: Path) -> Path:
     """A run folder with two stored columns, as a finished run of `SOUP` leaves it."""
-    from rllib_pnn.experiment.folder import RunFolder, create_experiment
-    from rllib_pnn.experiment.spec import load_plans
-    from rllib_pnn.network import ColumnStore, ProgressiveNetwork
-
     (folder / "soup.yaml").write_text(SOUP)
-    run = RunFolder(create_experiment(folder / "runs", load_plans("soup.yaml")[0]) / "seed_0")
+    folder_of_run = RunFolder(create_experiment(folder / "runs", load_plans("soup.yaml")[0]) / "seed_0")
     network = ProgressiveNetwork((4,), 2, "mlp")
-    store = ColumnStore(run.columns)
+    store = ColumnStore(folder_of_run.columns)
     for index, task in enumerate(["plain", "flipped"]):
         network.add_column()
         network.freeze()
         store.save_column(network, index, task=task, env="rllib_pnn/CartPoleSoup-v0", env_config={"variant": task})
-    return run.path.relative_to(folder)
+    return folder_of_run.path.relative_to(folder)
 
 
 ARGUMENTS = {
@@ -301,7 +312,7 @@ ARGUMENTS = {
         ["--task flip", "plain, flipped", "did you mean 'flipped'?"],
     ),
     "no such column": (["evaluate", "RUN", "--column", "7"], ["--column 7", "2 columns"]),
-    "no episodes": (["evaluate", "RUN", "--episodes", "0"], ["rllib evaluate", "--episodes", "0"]),
+    "no episodes": (["evaluate", "RUN", "--episodes", "0"], ["rllib evaluate", "--episodes", "1"]),
 }
 
 
@@ -310,12 +321,12 @@ def test_bad_arguments(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments, words = ARGUMENTS[name]
-    run = str(soup_run(folder))
+    stored = str(soup_run(folder))
     if "--ray-address" in arguments:
-        # The cluster of these tests would be taken for the one that is asked for.
+        monkeypatch.setattr(run, "_ray", REAL_RAY)
         monkeypatch.setattr(ray, "is_initialized", lambda: False)
         monkeypatch.setattr(ray, "init", lambda address, **_: (_ for _ in ()).throw(ConnectionError("unreachable")))
-    line = refuse(capsys, *[run if word == "RUN" else word for word in arguments])
+    line = refuse(capsys, *[stored if word == "RUN" else word for word in arguments])
     assert contains_in_order(line, words), line
 
 
@@ -338,18 +349,18 @@ def test_unwritable_storage(folder: Path, capsys: pytest.CaptureFixture[str], mo
     ids=["manifest", "missing", "changed", "truncated"],
 )
 def test_damaged_store(damage, words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = soup_run(folder)
-    damage(run / "columns")
-    for command in (["columns", str(run)], ["evaluate", str(run)]):
+    stored = soup_run(folder)
+    damage(stored / "columns")
+    for command in (["columns", str(stored)], ["evaluate", str(stored)]):
         assert contains_in_order(refuse(capsys, *command), words)
-    (folder / "next.yaml").write_text(changed(SOUP, "column: mlp", f"column: mlp\n    columns_from: {run}"))
+    (folder / "next.yaml").write_text(changed(SOUP, "column: mlp", f"column: mlp\n    columns_from: {stored}"))
     line = refuse(capsys, "train", "-f", "next.yaml")
     assert contains_in_order(line, ["next.yaml:7", "progressive.columns_from", *words]), line
 
 
 def test_columns_for_other_observations(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = soup_run(folder)
-    text = changed(SOUP, "column: mlp", f"column: mlp\n    columns_from: {run}")
+    stored = soup_run(folder)
+    text = changed(SOUP, "column: mlp", f"column: mlp\n    columns_from: {stored}")
     text = text.replace("{variant: plain}", "{}").replace("{variant: flipped}", "{}")
     (folder / "next.yaml").write_text(changed(text, "rllib_pnn/CartPoleSoup-v0", "tests/Sized-v0"))
     assert contains_in_order(
@@ -359,19 +370,17 @@ def test_columns_for_other_observations(folder: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("file", ["experiment.json", "plan.json", "state.json"])
 def test_damaged_run_folder(file: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = soup_run(folder)
-    path = run.parent / file if file == "plan.json" else run / file
+    stored = soup_run(folder)
+    path = stored.parent / file if file == "plan.json" else stored / file
     path.write_text('{"name": ')
-    line = refuse(capsys, "train", "--resume", str(run.parent))
+    line = refuse(capsys, "train", "--resume", str(stored.parent))
     assert contains_in_order(line, [file]), line
 
 
 def test_run_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rllib_pnn.experiment.folder import lock
-
-    run = soup_run(folder)
-    with lock(run.parent):
-        assert f"in use by process {os.getpid()}" in refuse(capsys, "train", "--resume", str(run))
+    stored = soup_run(folder)
+    with lock(stored.parent):
+        assert f"in use by process {os.getpid()}" in refuse(capsys, "train", "--resume", str(stored))
 
 
 @pytest.mark.parametrize("name", ["unknown key", "a Python object"])

@@ -38,6 +38,7 @@ except ImportError:  # Windows
 PLAN_FILE = "plan.json"
 EXPERIMENT_FILE = "experiment.json"
 STATE_FILE = "state.json"
+LOCK_FILE = ".lock"
 RESULT_FILE = "result.json"
 PROGRESS_FILE = "progress.csv"
 COLUMNS_FOLDER = "columns"
@@ -77,7 +78,7 @@ class PlanFile(BaseModel):
     format: Literal["rllib_pnn.plan/1"] = "rllib_pnn.plan/1"
     name: str
     source: str
-    runs: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_=.+-]+$")]], Field(min_length=1)]
+    runs: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_=.+-]*$")]], Field(min_length=1)]
 
 
 class RunFolder:
@@ -156,6 +157,7 @@ def create_experiment(storage: Path, plan: Plan) -> Path:
         for name, experiment in plan.runs.items():
             (path / name).mkdir()
             write_json(path / name / EXPERIMENT_FILE, experiment.model_dump(mode="json"))
+        (path / LOCK_FILE).touch()
         contents = PlanFile(name=plan.name, source=str(plan.source.path.absolute()), runs=list(plan.runs))
         write_json(path / PLAN_FILE, contents.model_dump())
     except OSError as error:
@@ -223,7 +225,7 @@ def lock(path: Path) -> IO[str]:
     Raises:
         InputError: another process holds it.
     """
-    file = (path / ".lock").open("a+", encoding="utf-8")
+    file = (path / LOCK_FILE).open("a+", encoding="utf-8")
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

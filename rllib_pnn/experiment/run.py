@@ -50,6 +50,7 @@ from rllib_pnn.experiment.folder import (
 )
 from rllib_pnn.experiment.progress import Display, RunProgress
 from rllib_pnn.experiment.spec import METRIC_NAMES, Experiment, Plan, load_experiment
+from rllib_pnn.network.store import ColumnStoreError
 from rllib_pnn.registration import register
 from rllib_pnn.training.progressive import make_progressive
 
@@ -135,6 +136,8 @@ def make_config(plan: Plan, experiment: Experiment, cluster: Cluster, *, num_run
     tasks = [task.model_dump(exclude_none=True) for task in progressive.tasks]
     try:
         return make_progressive(config, tasks=tasks, **arguments)
+    except ColumnStoreError as error:
+        raise plan.error(("progressive", "columns_from"), str(error)) from None
     except Exception as error:  # an environment's constructor may raise anything
         raise plan.progressive_error(error) from None
 
@@ -155,7 +158,7 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
         ray.init(
             address=address, include_dashboard=None if address else False, log_to_driver=verbose, logging_level=level
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises bare ones too
         if address is None:
             raise RunFailed(f"Ray does not start: {' '.join(str(error).split())[:300]}") from error
         raise InputError(f"--ray-address {address}: {' '.join(str(error).split())[:300]}") from None
