@@ -9,7 +9,7 @@ import importlib.resources
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
-# Typer brings its own copy of click and exports this one exception of it; its bases are click's UsageError and ClickException.
+# Typer brings its own copy of click and exports this one exception of it; the bases are UsageError and ClickException.
+_UsageError: Any
+_ClickException: Any
 _UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
 
 app = typer.Typer(
@@ -105,9 +107,12 @@ def evaluate(
     """Play the stored columns, every column on its own task (or any column on any task)."""
     folder = _one_run(run)
     prepare_ray(verbose=False)
+    import torch
+
     from rllib_pnn.registration import register
     from rllib_pnn.training.evaluation import evaluate_column
 
+    torch.set_num_threads(1)  # threads that wait for each other cost more than a column's arithmetic
     experiment = folder.experiment
     if experiment.progressive is None or experiment.env is None:
         raise InputError(f"{run}: an ordinary RLlib run, expected a progressive one, which stores its columns")
@@ -227,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), BAD_INPUT)
 
 
-# -- parts ---------------------------------------------------------------------------------------------------------------
+# -- parts -----------------------------------------------------------------------------------------------------------
 
 
 def _fail(message: str, code: int) -> int:
@@ -252,7 +257,8 @@ def _existing(path: Path) -> Path:
     name = path.name.removesuffix(".yaml")
     if not path.exists() and name in _examples():
         raise InputError(
-            f"{path}: no such file; the package ships an example of this name: `rllib example show {name} > {name}.yaml`"
+            f"{path}: no such file; the package ships an example of that name: "
+            f"`rllib example show {name} > {name}.yaml`"
         )
     return path
 

@@ -1,8 +1,8 @@
 """From an `Experiment` to the `AlgorithmConfig` that runs it, every key checked before anything starts.
 
-Source: RLlib 2.60's `AlgorithmConfig`, whose `update_from_dict` sets unknown keys silently. Here a key of a tuned example must be
-a parameter of one of the config's methods (`training`, `env_runners`, ...), its value must have the parameter's type, and what the
-run asks for must fit the cluster.
+Source: RLlib 2.60's `AlgorithmConfig`, whose `update_from_dict` sets unknown keys silently. Here a key of a tuned
+example must be a parameter of one of the config's methods (`training`, `env_runners`, ...), its value must have the
+parameter's type, and what the run asks for must fit the cluster.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rllib_pnn.experiment.spec import SECTIONS, Experiment, Plan
 
 AUTO = "auto"
 
-# Of every EnvRunner's CPU, what the main process takes on a small cluster. It can't take none: RLlib counts on its bundle.
+# What the main process takes of every EnvRunner's CPU on a small cluster. Not nothing: RLlib counts on its bundle.
 MAIN_SHARE = 0.1
 
 # Algorithms beyond RLlib's registry: where their `Algorithm` is.
@@ -138,7 +138,7 @@ def build_config(plan: Plan, experiment: Experiment, cluster: Cluster, *, num_ru
         num_runs: how many runs share the cluster.
 
     Raises:
-        InputError: an unknown key, a value of the wrong type, a combination that RLlib refuses, or more than the cluster has.
+        InputError: an unknown key, a value of the wrong type, what RLlib refuses, or more than the cluster has.
     """
     algorithm = algorithm_class(experiment.run)
     config = algorithm.get_default_config()
@@ -183,53 +183,48 @@ def check_fits(plan: Plan, config: AlgorithmConfig, cluster: Cluster) -> None:
     request = config.algo_class.default_resource_request(config)
     for resource in ("CPU", *sorted({key for bundle in request.bundles for key in bundle} - {"CPU"})):
         asked = [bundle.get(resource, 0.0) for bundle in request.bundles]
-        total, largest = sum(asked), max(asked, default=0.0)
-        has, has_largest = cluster.total(resource), cluster.largest(resource)
-        if total > has + 1e-6 or largest > has_largest + 1e-6:
-            what = f"{resource}s" if resource in ("CPU", "GPU") else f"of '{resource}'"
-            parts = f"{config.num_env_runners} env runners x {config.num_cpus_per_env_runner:g}"
-            if config.num_learners:
-                parts += f", {config.num_learners} learners"
-            if config.evaluation_num_env_runners and config.evaluation_interval:
-                parts += f", {config.evaluation_num_env_runners} evaluation runners"
-            if resource != "CPU":
-                parts = ""
-            elif total <= has:
-                parts = f"{largest:g} of them on one node, the largest has {has_largest:g}"
-            mend = "; lower num_env_runners or set it to auto" if resource == "CPU" and config.num_env_runners else ""
-            raise plan.error(
-                ("config", "num_env_runners") if resource == "CPU" else ("config",),
-                f"asks for {total:g} {what}{f' ({parts} and the main process)' if parts and total > has else f' ({parts})' if parts else ''}"
-                f", the cluster has {has:g}{mend}",
-            )
+        where: KeyPath = ("config", "num_env_runners") if resource == "CPU" else ("config",)
+        what = f"{resource}s" if resource in ("CPU", "GPU") else f"of '{resource}'"
+        parts, mend = "", ""
+        if resource == "CPU":
+            parts = f" ({_parts(config)})"
+            mend = "; lower num_env_runners or set it to auto" if config.num_env_runners else ""
+        if sum(asked) > cluster.total(resource) + 1e-6:
+            has = cluster.total(resource)
+            raise plan.error(where, f"asks for {sum(asked):g} {what}{parts}, the cluster has {has:g}{mend}")
+        if max(asked) > cluster.largest(resource) + 1e-6:
+            has = cluster.largest(resource)
+            raise plan.error(where, f"asks for {max(asked):g} {what} in one place, the largest node has {has:g}")
 
 
-def check_envs(plan: Plan, experiment: Experiment) -> tuple[gym.Space, gym.Space]:
-    """Makes the environment of every task once and returns their observation and action space.
-
-    Raises:
-        InputError: an environment can't be made, or the tasks' spaces differ from each other.
-    """
-    tasks: list[tuple[KeyPath, Mapping[str, Any]]] = [(("config", "env_config"), {})]
-    if experiment.progressive is not None:
-        tasks = [
-            (("progressive", "tasks", index, "env_config"), task.env_config)
-            for index, task in enumerate(experiment.progressive.tasks)
-        ]
-    first: tuple[gym.Space, gym.Space] | None = None
-    for where, env_config in tasks:
-        spaces = _spaces(plan, experiment, where, {**experiment.config.get("env_config", {}), **env_config})
-        first = first or spaces
-        for name, mine, expected in zip(("observation", "action"), spaces, first, strict=True):
-            if mine != expected:
-                raise plan.error(
-                    where, f"its {name} space is {mine}, the first task's is {expected}; columns need the same"
-                )
-    assert first is not None
-    return first
+def _parts(config: AlgorithmConfig) -> str:
+    """Who asks for CPUs."""
+    parts = (
+        [f"{config.num_env_runners} env runners x {config.num_cpus_per_env_runner:g}"] if config.num_env_runners else []
+    )
+    if config.num_learners:
+        parts.append(f"{config.num_learners} learners")
+    if config.evaluation_num_env_runners and config.evaluation_interval:
+        parts.append(f"{config.evaluation_num_env_runners} evaluation runners")
+    return " and ".join([", ".join(parts), "the main process"] if parts else ["the main process"])
 
 
-# -- keys and values -----------------------------------------------------------------------------------------------------
+def check_env(plan: Plan, experiment: Experiment) -> None:
+    """Makes the environment of an ordinary experiment once. Raises `InputError` if it can't be made."""
+    name, env_config = str(experiment.env), experiment.config.get("env_config", {})
+    try:
+        if _global_registry.contains(ENV_CREATOR, name):
+            env = _global_registry.get(ENV_CREATOR, name)(EnvContext(dict(env_config), worker_index=0))
+        else:
+            env = gym.make(name, **env_config)
+    except (gym.error.UnregisteredEnv, gym.error.NameNotFound, ModuleNotFoundError) as error:
+        raise plan.error(("env",), one_line(error).rstrip(".") + did_you_mean(name, gym.registry)) from None
+    except Exception as error:  # whatever an environment's constructor may raise
+        raise plan.error(("config", "env_config"), f"{name} can't be made: {one_line(error)}") from None
+    env.close()
+
+
+# -- keys and values -------------------------------------------------------------------------------------------------
 
 
 def _parameters(config: AlgorithmConfig) -> dict[str, _Parameter]:
@@ -274,7 +269,7 @@ def _checked(plan: Plan, where: KeyPath, value: Any, parameter: _Parameter) -> A
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
-    """A checker for an annotation of RLlib's; None if the annotation can't be checked (names that only its module knows)."""
+    """A checker for an annotation of RLlib's; None for one that can't be checked (only its module knows its names)."""
     if annotation is inspect.Parameter.empty:
         return None
     try:
@@ -333,15 +328,30 @@ def _refuse_code(plan: Plan, experiment: Experiment) -> None:
                 )
 
 
-# -- the cluster ---------------------------------------------------------------------------------------------------------
+def _config_error(plan: Plan, experiment: Experiment, error: Exception) -> InputError:
+    """RLlib's complaint about a config, at the first key of the file that it names."""
+    message = one_line(error)
+    named = [key for key in re.findall(r"`(?:config\.)?(\w+)", message) if key in experiment.config]
+    return plan.error(("config", named[0]) if named else ("config",), message)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message as one line, without RLlib's advice on how to switch its checks off."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = text.split("\nTo suppress all validation errors")[0]
+    return " ".join(text.split())[:400] or type(error).__name__
+
+
+# -- the cluster -----------------------------------------------------------------------------------------------------
 
 
 def _resolve_auto(plan: Plan, experiment: Experiment, config: AlgorithmConfig, cluster: Cluster, num_runs: int) -> None:
     """As many EnvRunners as the cluster carries beside the learners.
 
-    Up to 4 cores a run are all given to EnvRunners, and the main process, which learns, takes a tenth of each: it is idle while
-    they sample and they while it learns (PPO), or it takes what they leave (the asynchronous ones), which measured fastest on
-    2 cores. With more, one core is kept for it. Several runs go side by side if each can have 4 cores, else one after the other.
+    Up to 4 cores a run are all given to EnvRunners, and the main process, which learns, takes a tenth of each: it is
+    idle while they sample and they while it learns (PPO), or it takes what they leave (the asynchronous ones), which
+    measured fastest on 2 cores. With more, one core is kept for it. Several runs go side by side if each can have 4
+    cores, else one after the other.
     """
     cpus = cluster.total("CPU")
     side_by_side = max(1, min(num_runs, int(cpus // 4)))
@@ -369,42 +379,6 @@ def _resolve_auto(plan: Plan, experiment: Experiment, config: AlgorithmConfig, c
             f"and one env runner for {per_runner:g}",
         )
     if shares_main:
-        config.resources(num_cpus_for_main_process=round(MAIN_SHARE * runners, 3))  # type: ignore[arg-type]
-        config.env_runners(num_cpus_per_env_runner=1 - MAIN_SHARE)  # type: ignore[arg-type]
+        config.resources(num_cpus_for_main_process=round(MAIN_SHARE * runners, 3))
+        config.env_runners(num_cpus_per_env_runner=1 - MAIN_SHARE)
     config.env_runners(num_env_runners=runners)
-
-
-# -- environments --------------------------------------------------------------------------------------------------------
-
-
-def _spaces(
-    plan: Plan, experiment: Experiment, where: KeyPath, env_config: Mapping[str, Any]
-) -> tuple[gym.Space, gym.Space]:
-    name = str(experiment.env)
-    try:
-        if _global_registry.contains(ENV_CREATOR, name) and name not in gym.registry:
-            env = _global_registry.get(ENV_CREATOR, name)(EnvContext(dict(env_config), worker_index=0))
-        else:
-            env = gym.make(name, **env_config)
-    except (gym.error.UnregisteredEnv, gym.error.NameNotFound, ModuleNotFoundError) as error:
-        raise plan.error(("env",), _first_line(error).rstrip(".") + did_you_mean(name, gym.registry)) from None
-    except Exception as error:  # whatever an environment's constructor may raise
-        raise plan.error(where, f"{name} can't be made: {_first_line(error)}") from None
-    try:
-        return env.observation_space, env.action_space
-    finally:
-        env.close()
-
-
-def _config_error(plan: Plan, experiment: Experiment, error: Exception) -> InputError:
-    """RLlib's complaint about a config, at the first key of the file that it names."""
-    message = _first_line(error)
-    named = [key for key in re.findall(r"`(?:config\.)?(\w+)", message) if key in experiment.config]
-    return plan.error(("config", named[0]) if named else ("config",), message)
-
-
-def _first_line(error: BaseException) -> str:
-    """An error's message as one line, without RLlib's advice on how to switch its checks off."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    text = text.split("\nTo suppress all validation errors")[0]
-    return " ".join(text.split())[:400] or type(error).__name__

@@ -10,8 +10,8 @@
             checkpoint_000007/ ...            RLlib's checkpoints, the last few
             columns/                          the frozen columns (a ColumnStore)
 
-What a killed run leaves is enough to go on from: every file is moved into place whole, and a checkpoint counts once `state.json`
-names it.
+What a killed run leaves is enough to go on from: every file is moved into place whole, and a checkpoint counts once
+`state.json` names it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ except ImportError:  # Windows
 PLAN_FILE = "plan.json"
 EXPERIMENT_FILE = "experiment.json"
 STATE_FILE = "state.json"
+LOCK_FILE = ".lock"
 RESULT_FILE = "result.json"
 PROGRESS_FILE = "progress.csv"
 COLUMNS_FOLDER = "columns"
@@ -77,7 +78,7 @@ class PlanFile(BaseModel):
     format: Literal["rllib_pnn.plan/1"] = "rllib_pnn.plan/1"
     name: str
     source: str
-    runs: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_=.+-]+$")]], Field(min_length=1)]
+    runs: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_=.+-]*$")]], Field(min_length=1)]
 
 
 class RunFolder:
@@ -156,6 +157,7 @@ def create_experiment(storage: Path, plan: Plan) -> Path:
         for name, experiment in plan.runs.items():
             (path / name).mkdir()
             write_json(path / name / EXPERIMENT_FILE, experiment.model_dump(mode="json"))
+        (path / LOCK_FILE).touch()
         contents = PlanFile(name=plan.name, source=str(plan.source.path.absolute()), runs=list(plan.runs))
         write_json(path / PLAN_FILE, contents.model_dump())
     except OSError as error:
@@ -218,12 +220,12 @@ def read_plan(path: Path) -> PlanFile:
 
 
 def lock(path: Path) -> IO[str]:
-    """Keeps other processes from writing to an experiment's folder, until the returned file is closed or the process ends.
+    """Keeps other processes from writing to an experiment's folder until the returned file is closed.
 
     Raises:
         InputError: another process holds it.
     """
-    file = (path / ".lock").open("a+", encoding="utf-8")
+    file = (path / LOCK_FILE).open("a+", encoding="utf-8")
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -258,9 +260,9 @@ def write_whole(path: Path, text: str) -> None:
 class ResultLog:
     """Appends training results to `result.json` and `progress.csv`.
 
-    Unlike Tune's own loggers it writes into the run folder itself rather than copying a staging folder every so often, gives
-    `progress.csv` a column for every metric whenever it first appears (Tune fixes them at the first result, when no
-    episode has ended and no column is frozen), and takes back the rows after the checkpoint that a run resumes from.
+    Unlike Tune's own loggers it writes into the run folder itself rather than copying a staging folder every so often,
+    gives `progress.csv` a column for every metric whenever it first appears (Tune fixes them at the first result, when
+    no episode has ended and no column is frozen), and takes back the rows after the checkpoint that a run resumes from.
 
     Args:
         path: the run folder.

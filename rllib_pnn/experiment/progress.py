@@ -109,7 +109,7 @@ class RunProgress:
 
     @property
     def eta_s(self) -> float:
-        """Seconds until every task has used all its steps; a task that reaches its return ends sooner. NaN if unknown."""
+        """Seconds until every task has used all its steps (some end sooner, at their return); NaN if unknown."""
         if self.phase == "finished":
             return 0.0
         if self.budget is None or (self._budgets and None in self._budgets[self.task_index :]):

@@ -1,8 +1,9 @@
 """Runs experiments on Ray Tune: `Experiment` -> `AlgorithmConfig` -> Tune -> run folder.
 
-Tune schedules the runs, restarts a run whose process dies from its last checkpoint, and keeps the last few checkpoints. What a
-run leaves is written here (see `rllib_pnn.experiment.folder`), and a killed run goes on from that alone: `Tuner.restore` would
-need Tune's own snapshot, which may be stale or half written, holds pickled code, and asks for the CPUs of the old cluster.
+Tune schedules the runs, restarts a run whose process dies from its last checkpoint, and keeps the last few checkpoints.
+What a run leaves is written here (see `rllib_pnn.experiment.folder`), and a killed run goes on from that alone:
+`Tuner.restore` would need Tune's own snapshot, which may be stale or half written, holds pickled code, and asks for the
+CPUs of the old cluster.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ray.tune.utils import flatten_dict
 from ray.tune.utils.util import SafeFallbackEncoder
 from rich.console import Console
 
-from rllib_pnn.experiment.algorithm import Cluster, build_config, check_envs
+from rllib_pnn.experiment.algorithm import Cluster, build_config, check_env
 from rllib_pnn.experiment.errors import InputError, RunFailed
 from rllib_pnn.experiment.folder import (
     CheckpointRecord,
@@ -49,6 +50,7 @@ from rllib_pnn.experiment.folder import (
 )
 from rllib_pnn.experiment.progress import Display, RunProgress
 from rllib_pnn.experiment.spec import METRIC_NAMES, Experiment, Plan, load_experiment
+from rllib_pnn.network.store import ColumnStoreError
 from rllib_pnn.registration import register
 from rllib_pnn.training.progressive import make_progressive
 
@@ -99,7 +101,7 @@ def train(
 
 
 def resume(path: Path, *, console: Console, ray_address: str | None = None, verbose: bool = False) -> Outcome:
-    """Goes on with the unfinished runs of an experiment, or with the one run that `path` is, from their last checkpoints.
+    """Goes on with the unfinished runs of an experiment, or with the one run that `path` is, from the last checkpoints.
 
     Raises:
         InputError: `path` is no experiment or run folder, or it can't run here. Nothing was changed then.
@@ -127,18 +129,20 @@ def make_config(plan: Plan, experiment: Experiment, cluster: Cluster, *, num_run
     config = build_config(plan, experiment, cluster, num_runs=num_runs)
     progressive = experiment.progressive
     if progressive is None:
-        if config.is_online and not config.is_multi_agent:
-            check_envs(plan, experiment)
+        if experiment.env is not None and config.is_online and not config.is_multi_agent:
+            check_env(plan, experiment)
         return config
     arguments = progressive.model_dump(exclude={"tasks"})
     tasks = [task.model_dump(exclude_none=True) for task in progressive.tasks]
     try:
         return make_progressive(config, tasks=tasks, **arguments)
+    except ColumnStoreError as error:
+        raise plan.error(("progressive", "columns_from"), str(error)) from None
     except Exception as error:  # an environment's constructor may raise anything
         raise plan.progressive_error(error) from None
 
 
-# -- Ray -----------------------------------------------------------------------------------------------------------------
+# -- Ray -------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -154,7 +158,7 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
         ray.init(
             address=address, include_dashboard=None if address else False, log_to_driver=verbose, logging_level=level
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises bare ones too
         if address is None:
             raise RunFailed(f"Ray does not start: {' '.join(str(error).split())[:300]}") from error
         raise InputError(f"--ray-address {address}: {' '.join(str(error).split())[:300]}") from None
@@ -168,7 +172,7 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(verbose: bool) -> Iterator[None]:
-    """Without log messages of Ray, Tune and RLlib in this process, unless verbose; what counts is shown in other ways."""
+    """Without log messages of Ray, Tune and RLlib in this process, unless verbose; what counts is shown otherwise."""
     before = logging.root.manager.disable
     logging.disable(before if verbose else logging.CRITICAL)
     try:
@@ -243,7 +247,7 @@ def _headline(plan: Plan, config: AlgorithmConfig, path: Path) -> str:
     )
 
 
-# -- Tune's pieces -------------------------------------------------------------------------------------------------------
+# -- Tune's pieces ---------------------------------------------------------------------------------------------------
 
 
 class _Runs(Searcher):
@@ -332,7 +336,7 @@ class _RayWatch:
         self._stop = stop
         self._path = path
         self._over = threading.Event()
-        self._node = getattr(ray._private.worker, "_global_node", None)
+        self._node: Any = getattr(ray._private.worker, "_global_node", None)
 
     def __enter__(self) -> None:
         if self._node is not None:

@@ -1,7 +1,7 @@
 """YAML as data, with the line of every key. No Ray, no torch.
 
-Only plain YAML is read (PyYAML's safe loader): a tag that would build a Python object is an error, and so are a key given
-twice, which YAML would let the second win silently, and a file whose aliases unfold beyond reason.
+Only plain YAML is read (PyYAML's safe loader): a tag that would build a Python object is an error, and so are a key
+given twice, of which YAML would silently take the second, and a file whose aliases unfold beyond reason.
 """
 
 from __future__ import annotations

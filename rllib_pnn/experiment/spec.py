@@ -1,8 +1,8 @@
-"""A tuned example as an experiment: YAML in, validated `Experiment` out. No Ray, no torch, and nothing from the file is run.
+"""A tuned example as an experiment: YAML in, validated `Experiment` out. No Ray, no torch; nothing in the file is run.
 
-The format is RLlib's (`run`, `env`, `stop`, `num_samples`, `config`) plus the `progressive` block; without that block it is an
-ordinary RLlib experiment. Keys of `config` are checked against the algorithm in `rllib_pnn.experiment.algorithm`, for only RLlib
-knows them; everything else is checked here.
+The format is RLlib's (`run`, `env`, `stop`, `num_samples`, `config`) plus the `progressive` block; without that block
+it is an ordinary RLlib experiment. Keys of `config` are checked against the algorithm in
+`rllib_pnn.experiment.algorithm`, for only RLlib knows them; everything else is checked here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from rllib_pnn.experiment.errors import InputError, did_you_mean, short
 from rllib_pnn.experiment.source import KeyPath, Source, as_word, read_yaml
 
-# What `run` may name, the algorithms of RLlib's registry and this package's own. The progressive ones learn by policy gradient on
-# RLlib's new API stack, which is what a progressive module is made for.
+# What `run` may name: the algorithms of RLlib's registry and this package's own. The progressive ones learn by policy
+# gradient on RLlib's new API stack, which is what a progressive module is made for.
 ALGORITHMS = ("A3C", "APPO", "BC", "CQL", "DQN", "DreamerV3", "IMPALA", "IQL", "MARWIL", "PPO", "SAC")
 PROGRESSIVE_ALGORITHMS = ("A3C", "APPO", "IMPALA", "PPO")
 
@@ -135,7 +135,7 @@ class _Model(BaseModel):
 
 
 class UntilSpec(_Model):
-    """When a task ends: at this mean return per episode (unclipped) or after this many env steps, whichever comes first."""
+    """When a task ends: at this mean return per episode (unclipped) or after this many env steps."""
 
     episode_return_mean: Number | None = None
     num_env_steps: Positive | None = None
@@ -177,7 +177,8 @@ class ProgressiveSpec(_Model):
         for index, task in enumerate(self.tasks):
             if task.name in first:
                 raise ValueError(
-                    f"tasks[{index}].name: '{task.name}' names tasks[{first[task.name]}] already; every task needs its own name"
+                    f"tasks[{index}].name: '{task.name}' names tasks[{first[task.name]}] already; "
+                    "every task needs its own name"
                 )
             first[task.name] = index
         return self
@@ -186,8 +187,8 @@ class ProgressiveSpec(_Model):
 class CheckpointSpec(_Model):
     """Tune's `checkpoint_config`.
 
-    `checkpoint_frequency` counts training iterations; 0 means once a minute. A progressive run also checkpoints at every
-    task's end.
+    `checkpoint_frequency` counts training iterations; 0 means once a minute. A progressive run also checkpoints at the
+    end of every task.
     """
 
     checkpoint_frequency: NonNegative = 0
@@ -292,7 +293,7 @@ def load_experiment(path: Path) -> tuple[Source, Experiment]:
     return source, _validate(source, (), source.data, {})
 
 
-# -- from raw data to experiments ----------------------------------------------------------------------------------------
+# -- from raw data to experiments ------------------------------------------------------------------------------------
 
 
 def _plan(source: Source, name: Any, body: Any) -> Plan:
@@ -371,11 +372,11 @@ def _validate(source: Source, root: KeyPath, values: Any, sections: dict[str, st
         raise source.error((*root, *where), message) from None
 
 
-# -- seeds and search values ---------------------------------------------------------------------------------------------
+# -- seeds and search values -----------------------------------------------------------------------------------------
 
 
 def _variants(source: Source, name: str, raw: dict[str, Any], num_samples: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The runs of an experiment: every combination of its `grid_search` lists, `num_samples` times, each with its own seed."""
+    """The runs of an experiment: every combination of `grid_search` values, `num_samples` times each."""
     searches = [
         (where, kind, argument)
         for part in ("config", "progressive")
@@ -481,7 +482,7 @@ def _folder_name(chosen: list[tuple[KeyPath, Any]], seed: Any, sample: int | Non
     return "_".join(parts)[:180] or "run_0"
 
 
-# -- pydantic's errors as one line ---------------------------------------------------------------------------------------
+# -- pydantic's errors as one line -----------------------------------------------------------------------------------
 
 _EXPECTED = {
     "bool": "true or false",
