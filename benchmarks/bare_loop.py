@@ -323,9 +323,7 @@ class Run:
 
 def parse() -> argparse.Namespace:
     """The command line; the defaults are the settings that solved Pong soonest (see README.md)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--algo", choices=["ppo", "a2c"], default="ppo")
     add("--game", default="pong")

@@ -9,10 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import rllib_pnn.envs.registry  # noqa: F401  # makes the env ids known to gymnasium in every process
+
 if TYPE_CHECKING:
     from rllib_pnn.network import ColumnSpec, ColumnStore, ColumnStoreError, ProgressiveNetwork
     from rllib_pnn.registration import register
+    from rllib_pnn.training.a3c import A3C, A3CConfig
     from rllib_pnn.training.callback import ProgressiveCallback
+    from rllib_pnn.training.env_runner import ArrayEnvRunner
     from rllib_pnn.training.progressive import make_progressive
     from rllib_pnn.training.rl_module import ProgressiveRLModule
     from rllib_pnn.training.tasks import Task
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "A3C": "rllib_pnn.training.a3c",
+    "A3CConfig": "rllib_pnn.training.a3c",
+    "ArrayEnvRunner": "rllib_pnn.training.env_runner",
     "ColumnSpec": "rllib_pnn.network",
     "ColumnStore": "rllib_pnn.network",
     "ColumnStoreError": "rllib_pnn.network",
@@ -32,6 +39,9 @@ _MODULES = {
 }
 
 __all__ = [
+    "A3C",
+    "A3CConfig",
+    "ArrayEnvRunner",
     "ColumnSpec",
     "ColumnStore",
     "ColumnStoreError",

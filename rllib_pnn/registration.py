@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from rllib_pnn.envs.registry import register_envs
+import functools
+
+from ray import tune
+
+from rllib_pnn.envs.registry import ENV_IDS, create_env, register_envs
 from rllib_pnn.training.a3c import register_a3c
 
 
@@ -12,4 +16,6 @@ def register() -> None:
     May be called any number of times, in any process.
     """
     register_envs()
+    for env_id in ENV_IDS:  # EnvRunners in other processes learn of an id through Tune
+        tune.register_env(env_id, functools.partial(create_env, env_id))
     register_a3c()

@@ -269,11 +269,30 @@ def test_callback_functions():
     assert ends and ends[: len(ends) // 2] == ends[len(ends) // 2 :]
 
 
-def test_runner_forgets_observations_of_earlier_chunks_that_nobody_asks_for():
-    runner, _, _ = record(ArrayEnvRunner, config_for({"longest": 1000}), TWICE)
+class ReturnsCallback(RLlibCallback):
+    needs_whole_chunks = False
+    returns: list = []
+
+    def on_episode_end(self, *, episode, prev_episode_chunks, **kwargs):
+        self.returns.append(sum(c.get_return() + len(c) for c in (*prev_episode_chunks, episode)))
+
+
+@pytest.mark.parametrize("callback", [None, ReturnsCallback])
+def test_runner_forgets_observations_of_earlier_chunks_that_nobody_asks_for(callback):
+    config = config_for({"longest": 1000})
+    if callback:
+        config.callbacks(callback)
+    runner, _, _ = record(ArrayEnvRunner, config, TWICE)
     assert runner._ongoing_episodes_for_metrics
     for chunks in runner._ongoing_episodes_for_metrics.values():
-        assert not any(hasattr(c, "observations") for c in chunks)
+        assert chunks and not any(hasattr(c, "observations") for c in chunks)
+
+
+def test_callback_that_needs_no_observations_of_earlier_chunks():
+    ReturnsCallback.returns = []
+    assert_same(config_for().callbacks(ReturnsCallback), TWICE)
+    returns = ReturnsCallback.returns
+    assert returns and returns[: len(returns) // 2] == returns[len(returns) // 2 :]
 
 
 @pytest.mark.parametrize(

@@ -210,9 +210,7 @@ def test_flips_leave_the_actions_alone():
 def test_options_move_the_picture_and_the_noise():
     env = PongSoupVectorEnv(1, variant="zoom", zoom_offset=(0, 21))
     observations, _ = env.reset(seed=0)
-    assert (observations[0, -1, 63:] == BACKGROUND).all() and (
-        observations[0, -1, :, :21] == BACKGROUND
-    ).all()
+    assert (observations[0, -1, 63:] == BACKGROUND).all() and (observations[0, -1, :, :21] == BACKGROUND).all()
     assert (observations[0, -1, 58:63, 21:] > BACKGROUND).all()  # the lower wall
     np.testing.assert_array_equal(
         play(PongSoupVectorEnv(1, variant="noisy", noise_std=0.0), 3)[-1][0],

@@ -365,7 +365,8 @@ def _task_run(
         means = np.array(
             [_first(row, "progressive/episode_return_mean", "env_runners/episode_return_mean") for row in rows]
         )
-        episodes = np.array([number(row.get("env_runners/num_episodes", 1)) for row in rows])
+        episodes = np.array([_first(row, "progressive/num_episodes", "env_runners/num_episodes") for row in rows])
+        episodes[np.isnan(episodes)] = 1
         # RLlib repeats its running average in iterations where no episode ended; those say nothing new.
         sums = means * episodes
     seen = np.isfinite(steps) & np.isfinite(sums) & (episodes > 0)

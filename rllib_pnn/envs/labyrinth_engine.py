@@ -113,9 +113,7 @@ class Engine:
         """The frame, (height, width, 3) uint8 RGB, and how many good and bad items were collected so far."""
         state = self._game.get_state()
         if state is None or state.game_variables is None:
-            raise RuntimeError(
-                "the engine has no frame to show: it ended the episode, which nothing here asks it to"
-            )
+            raise RuntimeError("the engine has no frame to show: it ended the episode, which nothing here asks it to")
         good, bad = state.game_variables
         return state.screen_buffer, int(good), int(bad)
 
@@ -123,8 +121,7 @@ class Engine:
         """Where the player is: x, y (map units), heading (degrees counter-clockwise from east)."""
         variable = vizdoom.GameVariable
         x, y, heading = (
-            self._game.get_game_variable(v)
-            for v in (variable.POSITION_X, variable.POSITION_Y, variable.ANGLE)
+            self._game.get_game_variable(v) for v in (variable.POSITION_X, variable.POSITION_Y, variable.ANGLE)
         )
         return x, y, heading
 

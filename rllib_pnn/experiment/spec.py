@@ -112,6 +112,10 @@ def _word(value: Any) -> str:
     return value
 
 
+def _shift(value: Any) -> Any:
+    return value if value == "auto" else _number(value)
+
+
 def _task_name(value: Any) -> str:
     # It becomes a part of metric names (`columns/<task>/...`) and of file names.
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", value):
@@ -162,7 +166,9 @@ class ProgressiveSpec(_Model):
     lateral_heads: bool = True
     architecture: Architecture = "progressive"
     columns_from: Word | None = None
+    input_shift: Annotated[float | Literal["auto"], BeforeValidator(_shift)] = "auto"
     evaluation_episodes: NonNegative = 10
+    evaluation_seed: NonNegative = 0
     tasks: Annotated[list[TaskSpec], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -530,7 +536,9 @@ _DESCRIPTIONS = {
 
 
 def _is_type_tag(part: str | int) -> bool:
-    return isinstance(part, str) and (part in ("str", "function-before[_word(), str]") or part.startswith("list["))
+    return isinstance(part, str) and (
+        part in ("str", "float", "literal['auto']") or part.startswith(("list[", "function-"))
+    )
 
 
 def _split(text: str) -> KeyPath:

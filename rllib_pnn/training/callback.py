@@ -98,7 +98,11 @@ class ProgressiveCallback(RLlibCallback):
         **kwargs: Any,
     ) -> None:
         # On an EnvRunner. RLlib's own windows mix tasks and are empty in iterations in which no episode ended.
-        episode_return = sum(chunk.get_return() for chunk in (*prev_episode_chunks, episode))
+        infos = episode.get_infos(-1) or {}
+        # Environments that clip rewards for learning report the unclipped return in their last info.
+        episode_return = infos.get("episode_score")
+        if episode_return is None:
+            episode_return = sum(chunk.get_return() for chunk in (*prev_episode_chunks, episode))
         key = (TASK_RETURNS, str(getattr(env_runner, "task_index", 0)))
         metrics_logger.log_value(key, float(episode_return), reduce="item_series")
 

@@ -95,8 +95,9 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
     none of them in the data:
 
     - the single connectors run (and are timed) once per `sample()` instead of once per step;
-    - without an `on_episode_end` callback, chunks of unfinished episodes are remembered for the metrics as
-      length, return and duration instead of with all their observations;
+    - without an `on_episode_end` callback, chunks of unfinished episodes are remembered for the metrics as length, return
+      and duration instead of with all their observations. A callback class that is content with these three of its
+      `prev_episode_chunks` says so by the attribute `needs_whole_chunks = False`;
     - a remote runner uses one torch thread per CPU it was given and keeps freed memory (`keep_freed_memory`).
 
     Anything that needs the single steps falls back to the parent's loop and says so once in the log:
@@ -376,7 +377,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
         # Made from lists, before the arrays go in: a successor grows step by step should the parent's loop
         # take over.
         self._ongoing_episodes = [_own_copies(e.cut(self.config.episode_lookback_horizon)) for e in chunks]
-        keep_whole = self._overrides_callback("on_episode_end")  # its `prev_episode_chunks`
+        keep_whole = self._remembers_chunks_whole()
         to_return = []
         for index, chunk in enumerate(chunks):
             if chunk.t == 0:  # just created or just reset
@@ -388,8 +389,15 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
         return to_return
 
     def _overrides_callback(self, name: str) -> bool:
-        return bool(force_list(getattr(self.config, f"callbacks_{name}"))) or any(
-            getattr(type(c), name, None) is not getattr(RLlibCallback, name) for c in self._callbacks
+        return bool(force_list(getattr(self.config, f"callbacks_{name}"))) or bool(self._callbacks_with(name))
+
+    def _callbacks_with(self, name: str) -> list[RLlibCallback]:
+        return [c for c in self._callbacks if getattr(type(c), name, None) is not getattr(RLlibCallback, name)]
+
+    def _remembers_chunks_whole(self) -> bool:
+        """Whether some callback may ask `prev_episode_chunks` for more than return, length and duration."""
+        return bool(force_list(self.config.callbacks_on_episode_end)) or any(
+            getattr(c, "needs_whole_chunks", True) for c in self._callbacks_with("on_episode_end")
         )
 
     def _reason_for_single_steps(self) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import queue
 import threading
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from ray.rllib.algorithms.impala import IMPALAConfig
+from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.core import ALL_MODULES, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.learner import Learner
@@ -87,6 +90,13 @@ class ProgressiveLearnerMixin(Learner):
         # Guards the module's columns and optimizer: IMPALA's Learner updates in a thread of its own.
         self._growth_lock = threading.RLock()
         super().build()
+        if (
+            self.config.num_learners == 0
+            and isinstance(self.config, PPOConfig)
+            and not isinstance(self.config, IMPALAConfig)
+        ):
+            # PPO's EnvRunners wait while the Learner in the algorithm's process updates: their cores are free.
+            torch.set_num_threads(max(1, min(os.cpu_count() or 1, self.config.num_env_runners)))
         if self._learner_connector is not None:
             self._learner_connector.append(AddTaskIndex())
 

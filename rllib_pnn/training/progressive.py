@@ -34,6 +34,7 @@ from rllib_pnn.network.adapter import LATERALS
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.store import ColumnStore
 from rllib_pnn.training.a3c import A3CConfig
+from rllib_pnn.training.array_connectors import use_array_pipeline
 from rllib_pnn.training.callback import ProgressiveCallback
 from rllib_pnn.training.env_runner import ArrayEnvRunner
 from rllib_pnn.training.evaluation import make_vector_env
@@ -149,7 +150,9 @@ def make_progressive(
     progressive.rl_module(
         rl_module_spec=RLModuleSpec(module_class=module_class, model_config={MODEL_CONFIG_KEY: settings})
     )
-    progressive.learners(learner_class=progressive_learner_class(config.learner_class))
+    if isinstance(config, PPOConfig | IMPALAConfig) and config.add_default_connectors_to_learner_pipeline:
+        use_array_pipeline(progressive)
+    progressive.learners(learner_class=progressive_learner_class(progressive.learner_class))
     progressive.env_runners(env_runner_cls=task_env_runner_class(_env_runner_class(config)))
     if config.env in ENV_IDS and config.gym_env_vectorize_mode == gym.VectorizeMode.SYNC:
         # The same observations, all environments of an EnvRunner stepped together.

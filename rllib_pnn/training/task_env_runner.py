@@ -32,6 +32,7 @@ from rllib_pnn.network.memory import keep_freed_memory
 from rllib_pnn.training.learner import note_task
 from rllib_pnn.training.rl_module import MODEL_CONFIG_KEY, ProgressiveRLModule
 
+SEED_STRIDE = 100_000  # between EnvRunners; above the number of environments that one of them has
 # Windows over episodes; those of an old task say nothing about the new one.
 EPISODE_METRICS = (
     EPISODE_RETURN_MEAN,
@@ -60,6 +61,10 @@ class TaskEnvRunnerMixin(SingleAgentEnvRunner):
     def __init__(self, **kwargs: Any) -> None:
         keep_freed_memory()
         super().__init__(**kwargs)
+        if self._seed is not None:
+            # RLlib's seeds of neighbouring EnvRunners differ by one, and so do those of environments within one.
+            self._seed = int(self.config.seed) + SEED_STRIDE * (self.worker_index or 0)
+            self._seed += SEED_STRIDE // 2 * bool(self.config.in_evaluation)
 
     @override(SingleAgentEnvRunner)
     def sample(self, **kwargs: Any) -> list[SingleAgentEpisode]:
