@@ -323,9 +323,7 @@ class Run:
 
 def parse() -> argparse.Namespace:
     """The command line; the PPO defaults are the settings that README.md gives a curve for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--algo", choices=["ppo", "a2c"], default="ppo")
     add("--game", default="pong")

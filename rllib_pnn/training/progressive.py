@@ -152,8 +152,10 @@ def make_progressive(
     )
     if isinstance(config, PPOConfig | IMPALAConfig) and config.add_default_connectors_to_learner_pipeline:
         use_array_pipeline(progressive)
-    progressive.learners(learner_class=progressive_learner_class(progressive.learner_class))
-    progressive.env_runners(env_runner_cls=task_env_runner_class(_env_runner_class(config)))
+    learner_class: Any = progressive.learner_class
+    progressive.learners(learner_class=progressive_learner_class(learner_class))
+    env_runner_class: Any = _env_runner_class(config)
+    progressive.env_runners(env_runner_cls=task_env_runner_class(env_runner_class))
     if config.env in ENV_IDS and config.gym_env_vectorize_mode == gym.VectorizeMode.SYNC:
         # The same observations, all environments of an EnvRunner stepped together.
         progressive.env_runners(gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT)
