@@ -322,7 +322,7 @@ class Run:
 
 
 def parse() -> argparse.Namespace:
-    """The command line; the defaults are the settings that solved Pong soonest (see README.md)."""
+    """The command line; the PPO defaults are the settings that README.md gives a curve for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--algo", choices=["ppo", "a2c"], default="ppo")
@@ -336,8 +336,8 @@ def parse() -> argparse.Namespace:
     add("--epochs", type=int, default=4)
     add("--minibatch", type=int, default=256, help="per process")
     add("--optimizer", choices=["adam", "rmsprop"], default="adam")
-    add("--lr", type=float, default=5e-4)
-    add("--lr-end", type=float, default=None)
+    add("--lr", type=float, default=1e-3)
+    add("--lr-end", type=float, default=2e-4)
     add("--lr-until", type=float, default=1e6, help="env-steps at which the rate reaches --lr-end")
     add("--eps", type=float, default=1e-5)
     add("--beta1", type=float, default=0.9)
@@ -346,24 +346,19 @@ def parse() -> argparse.Namespace:
     add("--vf-clip", type=float, default=0.0, help="RLlib's vf_clip_param; 0: none")
     add("--vf-coeff", type=float, default=0.5)
     add("--entropy", type=float, default=0.01)
-    add("--entropy-end", type=float, default=None)
-    add("--entropy-until", type=float, default=1e6)
+    add("--entropy-end", type=float, default=0.001)
+    add("--entropy-until", type=float, default=4e5)
     add("--gamma", type=float, default=0.99)
     add("--lam", type=float, default=0.95)
     add("--grad-clip", type=float, default=0.5)
     add("--no-normalize", dest="normalize", action="store_false", help="leave the advantages as they are")
     add("--init", choices=["orthogonal", "torch", "torch_small_head"], default="orthogonal")
-    add("--input-shift", type=float, default=0.0, help="subtracted from pixels in 0..1")
+    add("--input-shift", type=float, default=0.34, help="subtracted from pixels in 0..1: Pong's background")
     add("--seed", type=int, default=0)
     add("--log-every", type=int, default=20_000)
     add("--out", default="bare_loop.csv")
     add("--save", default=None)
-    args = parser.parse_args()
-    if args.lr_end is None:
-        args.lr_end = args.lr
-    if args.entropy_end is None:
-        args.entropy_end = args.entropy
-    return args
+    return parser.parse_args()
 
 
 def main(rank: int, args: argparse.Namespace) -> None:

@@ -79,11 +79,11 @@ def measure(cases: dict[Any, tuple[int, Callable[[], Any]]], rounds: int, repeat
     times: dict[Any, list[float]] = {key: [] for key in cases}
     for number in range(rounds + 1):
         for key, (batch, action) in cases.items():
-            count, start = 0, time.perf_counter()
+            count, start = 0, time.thread_time()
             while True:
                 action()
                 count += 1
-                elapsed = time.perf_counter() - start
+                elapsed = time.thread_time() - start
                 if elapsed >= repeat_s:
                     break
             if number > 0:  # the first round warms up

@@ -136,8 +136,7 @@ def measure(algorithm: str, variant: str, *, seconds: float, warm_up: float, **s
         before, cpu, start = _steps(result), _cpu_seconds(), time.perf_counter()
         result = _train_for(algo, seconds)
         wall = time.perf_counter() - start
-        after, cpu = _steps(result), _cpu_seconds() - cpu
-        sampled, trained = (b - a for a, b in zip(before, after, strict=True))
+        steps, cpu = _steps(result) - before, _cpu_seconds() - cpu
         timers = result["timers"]
         algo.stop()
     finally:
@@ -145,9 +144,8 @@ def measure(algorithm: str, variant: str, *, seconds: float, warm_up: float, **s
     return {
         "algorithm": algorithm,
         "variant": variant,
-        "env_steps_per_s": trained / wall,
-        "sampled_env_steps_per_s": sampled / wall,
-        "cpu_us_per_env_step": cpu / trained * 1e6,
+        "env_steps_per_s": steps / wall,
+        "cpu_us_per_env_step": cpu / steps * 1e6,
         "seconds": wall,
         "learner_threads": torch.get_num_threads(),
         "timers": {k: v for k, v in timers.items() if isinstance(v, float)},
@@ -163,12 +161,12 @@ def _train_for(algo: Any, seconds: float) -> dict[str, Any]:
     return result
 
 
-def _steps(result: dict[str, Any]) -> tuple[float, float]:
-    """Env-steps sampled and trained on so far. PPO trains on what it samples; RLlib would count rows for bootstrapping."""
-    sampled = result["env_runners"]["num_env_steps_sampled_lifetime"]
+def _steps(result: dict[str, Any]) -> float:
+    """Env-steps sampled and trained on so far. RLlib's own count of the latter has each minibatch of PPO for a batch."""
     learners = result.get("learners", {}).get("__all_modules__", {})
-    trained = learners.get("num_env_steps_trained_lifetime", 0.0)
-    return sampled, sampled if "training_iteration" in result and trained > sampled else trained
+    return min(
+        result["env_runners"]["num_env_steps_sampled_lifetime"], learners.get("num_env_steps_trained_lifetime", 0.0)
+    )
 
 
 def _cpu_seconds() -> float:

@@ -5,9 +5,11 @@ Ray and torch are imported by the commands that need them, so that `--help` and 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -186,6 +188,94 @@ def columns(run: RunArgument) -> None:
         console.print(table)
 
 
+@app.command()
+def analyze(
+    run: RunArgument,
+    method: Annotated[str, typer.Option(metavar="afs|aps|both", help="Fisher, perturbation, or both.")] = "afs",
+    column: Annotated[str, typer.Option(metavar="N|NAME", help="Whose policy: a column or its task.")] = "-1",
+    episodes: Annotated[int, typer.Option(metavar="N", min=1, help="Episodes of a score.")] = 10,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything random.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to; RUN/analysis/ if not given.")] = None,
+) -> None:
+    """Show which columns and layers a policy depends on (AFS, APS), as JSON and PNG."""
+    methods = {"afs": ("afs",), "aps": ("aps",), "both": ("afs", "aps")}.get(method)
+    if methods is None:
+        known = ("afs", "aps", "both")
+        raise InputError(f"--method {method}: expected {', '.join(known)}{did_you_mean(method, known)}")
+    folder = _one_run(run)
+    from rllib_pnn.analysis.analyze import analyze_run
+
+    console = _console()
+    with _input_errors(), console.status(f"{method} of column {column}"):
+        summary = analyze_run(folder.path, methods, column=_column(column), out=out, num_episodes=episodes, seed=seed)
+    console.print(
+        f"column {summary['column']} ({summary['task']}) returns {summary['episode_return_mean']:.2f}", markup=False
+    )
+    for name in methods:
+        table = _table(
+            name, *(f"column {j} ({task})" for j, task in enumerate(summary["tasks"][: summary["column"] + 1]))
+        )
+        for layer, shares in zip(summary[name]["layers"], summary[name]["values"], strict=True):
+            table.add_row(str(layer), *("-" if share is None else f"{share:.3f}" for share in shares))
+        console.print(table)
+    for file in summary["files"]:
+        console.print(f"wrote {_relative(Path(file))}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def prune(
+    run: RunArgument,
+    column: Annotated[str, typer.Option(metavar="N|NAME", help="Whose laterals: a column or its task.")] = "-1",
+    max_kl: Annotated[float, typer.Option(metavar="KL", min=0.0, help="How far the policy may move, in nats.")] = 0.002,
+    episodes: Annotated[int, typer.Option(metavar="N", min=1, help="Episodes of each return.")] = 30,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything random.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The new store; RUN/pruned/ if not given.")] = None,
+) -> None:
+    """Cut the lateral inputs that carry nothing, into a new column store; the run's own stays as it is."""
+    folder = _one_run(run)
+    from rllib_pnn.analysis.analyze import prune_run
+
+    console = _console()
+    with _input_errors(), console.status(f"pruning column {column}"):
+        summary = prune_run(
+            folder.path, column=_column(column), out=out, max_kl=max_kl, num_episodes=episodes, seed=seed
+        )
+    table = _table("", "before", "after")
+    before, after = summary["lateral_parameters_before"], summary["lateral_parameters_after"]
+    cut = f"{after:,} (-{1 - after / before:.0%})" if before else f"{after:,}"
+    table.add_row("lateral parameters", f"{before:,}", cut)
+    returns = (
+        f"{summary[f'return_{when}']:.2f} +- {summary[f'return_{when}_sem']:.2f}" for when in ("before", "after")
+    )
+    table.add_row(f"return over {episodes} episodes", *returns)
+    console.print(table)
+    console.print(f"wrote {_relative(Path(summary['store']))}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders that hold some.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The page to write.")] = Path("report.html"),
+    top: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Mean of the best N seeds, as the paper's top 3 of 25.")
+    ] = None,
+    floor: Annotated[
+        float | None, typer.Option(metavar="R", help="Lowest return; known for Pong, CartPole and the Atari games.")
+    ] = None,
+) -> None:
+    """Write one page with learning curves, transfer table and matrix, and sensitivities; opens offline."""
+    from rllib_pnn.analysis.report import write_report
+
+    console = _console()
+    with _input_errors(), console.status("reading runs"):
+        summary = write_report(runs, out, top=top, floor=floor)
+    for problem in summary["problems"]:
+        print(f"rllib: left out: {problem}", file=sys.stderr)
+    console.print(f"{summary['num_runs']} runs: wrote {_relative(Path(summary['html']))}", markup=False, soft_wrap=True)
+
+
 @example_app.command("list")
 def list_examples() -> None:
     """The names of the tuned examples, and what each shows."""
@@ -233,6 +323,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _input_errors() -> Iterator[None]:
+    """The analysis floor says what is wrong with its input in a ValueError of one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _column(text: str) -> int | str:
+    """A column's index, or the name of its task."""
+    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def _fail(message: str, code: int) -> int:

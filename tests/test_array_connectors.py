@@ -27,6 +27,7 @@ from rllib_pnn.training.array_connectors import (
     BatchEpisodes,
     frozen_features,
     generalized_advantages,
+    spare_threads,
     use_array_pipeline,
 )
 from rllib_pnn.training.env_runner import ArrayEnvRunner
@@ -286,6 +287,20 @@ def test_nothing_frozen_adds_nothing():
     AddFrozenFeatures()(rl_module=learner.module, batch=batch.policy_batches, episodes=[])
     assert list(batch[DEFAULT_MODULE_ID]) == before
     assert frozen_features(learner.module[DEFAULT_MODULE_ID], batch[DEFAULT_MODULE_ID]) == {}
+
+
+def test_threads_of_a_learner_that_shares_the_machine(monkeypatch):
+    monkeypatch.setattr(array_connectors.os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def threads(config, num_env_runners, **learners):
+        return spare_threads(config.env_runners(num_env_runners=num_env_runners).learners(**learners))
+
+    assert [threads(IMPALAConfig(), n) for n in (0, 3, 8, 20)] == [8, 5, 1, 1]
+    assert threads(IMPALAConfig(), 3, num_learners=1) is None
+    assert threads(PPOConfig(), 3) is None
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert threads(IMPALAConfig(), 3) is None
 
 
 def test_settings_are_read_when_the_learner_is_built():

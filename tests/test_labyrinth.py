@@ -533,10 +533,8 @@ def kill_owners(folder: Path, num_kills: int) -> None:
         )
     assert output.read_text(), errors.read_text()
     during_start, during_steps = map(int, output.read_text().split())
-    assert during_start > 0 and during_steps > 0, (
-        during_start,
-        during_steps,
-    )  # or this tests less than it says
+    # Or this has tested less than it says.
+    assert during_start > 0 and during_steps > 0, (during_start, during_steps)
     wait_until_nothing_is_left(temporary, before)
     assert list(working_directory.iterdir()) == []
 

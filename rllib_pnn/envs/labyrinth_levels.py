@@ -509,26 +509,25 @@ def level_file() -> Path:
     """
     wad = build_wad()
     name = f"labyrinth-{hashlib.sha256(wad).hexdigest()[:16]}.wad"
-    folders = _cache_folders()
-    for folder in folders:
-        path = folder / name
-        try:
-            if not path.exists() or path.read_bytes() != wad:
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                _write_whole(path, wad)
-            return path
-        except OSError:
-            if folder == folders[-1]:
-                raise
-    raise AssertionError("unreachable")
+    try:
+        return _kept(_user_cache() / name, wad)
+    except OSError:
+        user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+        return _kept(Path(tempfile.gettempdir()) / f"rllib_pnn-{user}" / name, wad)
 
 
-def _cache_folders() -> list[Path]:
+def _user_cache() -> Path:
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG standard says to ignore a path that is not absolute.
     home = Path(xdg) if os.path.isabs(xdg) else Path(os.path.expanduser("~")) / ".cache"
-    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
-    return [home / "rllib_pnn", Path(tempfile.gettempdir()) / f"rllib_pnn-{user}"]
+    return home / "rllib_pnn"
+
+
+def _kept(path: Path, content: bytes) -> Path:
+    if not path.exists() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _write_whole(path, content)
+    return path
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -21,6 +21,7 @@ Departure from the paper's text, which omits biases: V has one, U has none (the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +47,53 @@ class LinearLateral(nn.Module):
         """(B, sum of source widths, ...) unchanged (flattened for a dense U): eq. 1 has no V."""
         return sources if isinstance(self.out, nn.Conv2d) else sources.flatten(1)
 
-    def forward(self, sources: Tensor) -> Tensor:
+    def forward(self, sources: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+        """What is added to the layer's pre-activation; `layout` is that of the layer's own input."""
         assert self.out is not None
-        return self.out(self.project(sources))
+        return self.out(self.project(sources).contiguous(memory_format=layout))
+
+
+class ScaledProduct(torch.autograd.Function):
+    """V(alpha * h) + c for vectors, with the gradients of V and alpha from one product.
+
+    Autograd would take the gradient of alpha from that of h, (B, out) x (out, in), a third of the layer's arithmetic.
+    With M = G^T h, which V's gradient needs anyway: dV = alpha * M, and dalpha_j is the sum of V * M over j's block.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, sources: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, widths: tuple[int, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(sources, scale, weight)
+        ctx.widths = widths
+        return F.linear(_by_column(sources, scale, widths), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        sources, scale, weight = ctx.saved_tensors
+        widths = ctx.widths
+        for_sources = for_scale = for_weight = for_bias = None
+        if ctx.needs_input_grad[0]:
+            for_sources = _by_column(gradient @ weight, scale, widths)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            for_weight = gradient.t() @ sources
+            for_scale = torch.empty_like(scale)
+            # Block by block: each fits the cache.
+            blocks = zip(for_weight.split(widths, dim=1), weight.split(widths, dim=1), strict=True)
+            for j, (product, own) in enumerate(blocks):
+                for_scale[j] = (product * own).sum()
+                product.mul_(scale[j])
+        if ctx.needs_input_grad[3]:
+            for_bias = gradient.sum(0)
+        return for_sources, for_scale, for_weight, for_bias, None
+
+
+def _by_column(features: Tensor, scale: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """(B, sum of widths) times one number a column."""
+    if len(set(widths)) == 1:
+        return (features.unflatten(1, (len(widths), widths[0])) * scale.view(1, -1, 1)).flatten(1)
+    return torch.cat([part * scale[j] for j, part in enumerate(features.split(widths, dim=1))], dim=1)
 
 
 class Adapter(nn.Module):
@@ -89,16 +134,20 @@ class Adapter(nn.Module):
 
     def project(self, sources: Tensor) -> Tensor:
         """g(V(alpha * h)): (B, sum of source widths, ...) -> (B, width, ...)."""
-        scale = self.feature_scale()
         layer = self.project_layer
-        if self.convolutional:
-            # alpha * h costs a pass over all maps, alpha * V a few numbers: the same product.
-            return F.conv2d(sources, layer.weight * scale.view(1, -1, 1, 1), layer.bias).relu_()
-        return F.linear(sources.flatten(1) * scale, layer.weight, layer.bias).relu_()
+        if not self.convolutional:
+            return ScaledProduct.apply(sources.flatten(1), self.scale, layer.weight, layer.bias, self._widths).relu_()
+        # A 1x1 convolution is one product of matrices an image, which reads sources where they lie: in all layouts,
+        # and as the first maps of a wider tensor. alpha * V are a few numbers, alpha * h a pass over all maps.
+        weight = layer.weight.flatten(1) * self.feature_scale()
+        bias: Tensor = layer.bias  # type: ignore[assignment]  # made with one
+        products = torch.baddbmm(bias.view(1, -1, 1), weight.expand(len(sources), -1, -1), sources.flatten(2))
+        return products.unflatten(2, sources.shape[2:]).relu_()
 
-    def forward(self, sources: Tensor) -> Tensor:
+    def forward(self, sources: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+        """What is added to the layer's pre-activation; `layout` is that of the layer's own input."""
         assert self.out is not None
-        return self.out(self.project(sources))
+        return self.out(self.project(sources).contiguous(memory_format=layout))
 
 
 Lateral = LinearLateral | Adapter

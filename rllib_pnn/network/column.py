@@ -25,6 +25,7 @@ from rllib_pnn.network.adapter import Adapter, Lateral, LinearLateral
 from rllib_pnn.network.spec import LSTM, ColumnSpec, Conv, Dense
 
 HEADS = ("policy", "value")
+ALIGNMENT = 64  # bytes; torch's own for tensors on the CPU
 
 Transform = Callable[[int, int, Tensor], Tensor]
 """`(column, layer, activation) -> activation`: replaces a post-activation output, layer counted from 1."""
@@ -232,6 +233,7 @@ class Column(nn.Module):
         index: int = 0,
         transform: Transform | None = None,
         activations: list[Tensor] | None = None,
+        first: Tensor | None = None,
         heads: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, LSTMState | None]:
         """Computes the column.
@@ -245,6 +247,7 @@ class Column(nn.Module):
             index: this column's number, handed to `transform`.
             transform: replaces post-activation outputs (perturbation analysis).
             activations: a list that collects h_1 .. h_L.
+            first: h_1 where it is known already (see together.py).
             heads: False leaves policy and value out (a frozen column whose activations alone are wanted).
 
         Returns:
@@ -255,9 +258,11 @@ class Column(nn.Module):
         for number, layer in enumerate(self.layers, start=1):
             lateral = self._lateral(str(number))
             source = None if lateral is None else sources[number - 1]
-            if isinstance(layer, nn.Conv2d):
+            if number == 1 and first is not None:
+                h = first
+            elif isinstance(layer, nn.Conv2d):
                 pre = F.conv2d(h, *self._affine(number, layer), layer.stride, layer.padding)
-                h = (pre if lateral is None else pre.add_(lateral(source))).relu_()
+                h = (pre if lateral is None else pre.add_(lateral(source, layout=_layout(h)))).relu_()
             elif isinstance(layer, nn.Linear):
                 pre = F.linear(h.flatten(1), *self._affine(number, layer))
                 h = (pre if lateral is None else pre.add_(lateral(source))).relu_()
@@ -296,6 +301,12 @@ class Column(nn.Module):
     def _lateral(self, key: str) -> Lateral | None:
         return self.laterals[key] if key in self.laterals else None  # noqa: SIM401 (a ModuleDict has no get)
 
+    def first_affine(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of layer 1 with the input's scale and shift in them."""
+        layer = self.layers[0]
+        assert not isinstance(layer, nn.LSTM)
+        return self._affine(1, layer)
+
     def _affine(self, number: int, layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
         """Weight and bias; those of layer 1 include the scale s and shift m of its input: W(sx - m) = (sW)x - mW1."""
         weight: Tensor = layer.weight
@@ -313,9 +324,16 @@ class Column(nn.Module):
             self.requires_grad_(False)
             # An optimizer that still holds these parameters would move them by a gradient left over.
             self.zero_grad(set_to_none=True)
+            self._align()
             self.trains = "none"
             self.fingerprint = self.compute_fingerprint()
         return self.fingerprint
+
+    def _align(self) -> None:
+        """Where a matrix starts in memory decides how its product is rounded: at a multiple of 64 bytes for all."""
+        for parameter in self.parameters():
+            if not parameter.is_meta and parameter.data_ptr() % ALIGNMENT:
+                parameter.data = parameter.data.clone()
 
     def set_trained_part(self, part: str) -> None:
         """`"all"` parameters get gradients, or only the `"heads"` (baseline 2: output-layer fine-tuning)."""
@@ -355,6 +373,10 @@ class Column(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+def _layout(maps: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if maps.is_contiguous() else torch.channels_last
+
+
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """QR decompositions round differently on more threads; a seed must give the same column on all of them."""
@@ -385,7 +407,7 @@ def _run_lstm(
 
     Zeroes a sequence's state before every step at which `resets` (B, T) is true.
     """
-    h, c = (part.unsqueeze(0).contiguous() for part in state)
+    h, c = (part.unsqueeze(0).clone() for part in state)  # aligned, wherever in the joint state they lie
     if resets is None or not bool(resets.any()):
         out, (h, c) = layer(inputs, (h, c))
         return out, (h.squeeze(0), c.squeeze(0))

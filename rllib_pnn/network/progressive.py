@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from rllib_pnn.network.adapter import LATERALS
-from rllib_pnn.network.column import Column, ColumnLayout, ColumnOutput, LSTMState, Transform, layer_shapes
+from rllib_pnn.network.column import ALIGNMENT, Column, ColumnLayout, ColumnOutput, LSTMState, Transform, layer_shapes
 from rllib_pnn.network.spec import ColumnSpec
-
-# From this many observations on, convolutions run faster on channels-last memory; below it on the default layout.
-CHANNELS_LAST_FROM = 64
+from rllib_pnn.network.together import Graph, SideBySide, first_layers
 
 
 class ProgressiveNetwork(nn.Module):
@@ -234,15 +232,29 @@ class ProgressiveNetwork(nn.Module):
             `ColumnOutput`; the state has the shape that came in, columns above `column` unchanged.
         """
         k = self._index(column)
-        h, time_shape = self._prepare(obs)
+        obs, time_shape = self._prepare(obs)
         states = self._split_state(state, time_shape)
         new_states = dict(states)
+        learns = torch.is_grad_enabled() and not self.columns[k].is_frozen
+        first = None
         if sources is None:
-            sources = self._compute_sources(h, k, states, new_states, time_shape, resets, transform)
+            sources, first = self._compute_sources(
+                obs, k, states, new_states, time_shape, resets, transform, with_first=not learns
+            )
         else:
-            sources = self._check_sources(sources, k, time_shape or (len(h),))
+            sources = self._check_sources(sources, k, time_shape or (len(obs),))
+        # Gradients of convolutions come faster on channels-last memory. Frozen columns, and a column that is only
+        # asked, always see the default layout, so that freezing changes no bit of what is computed.
+        layout = torch.channels_last if learns and obs.dim() == 4 else torch.contiguous_format
         logits, value, new_states[k] = self.columns[k](
-            h, sources, states.get(k), time_shape=time_shape, resets=resets, index=k, transform=transform
+            self._to_float(obs, layout),
+            sources,
+            states.get(k),
+            time_shape=time_shape,
+            resets=resets,
+            index=k,
+            transform=transform,
+            first=first,
         )
         if time_shape:
             logits, value = logits.view(*time_shape, -1), value.view(time_shape)
@@ -267,10 +279,10 @@ class ProgressiveNetwork(nn.Module):
             and the LSTM state after the last step, in which only the earlier columns have moved.
         """
         k = self._index(column)
-        h, time_shape = self._prepare(obs)
+        obs, time_shape = self._prepare(obs)
         states = self._split_state(state, time_shape)
         new_states = dict(states)
-        out = self._compute_sources(h, k, states, new_states, time_shape, resets, None)
+        out, _ = self._compute_sources(obs, k, states, new_states, time_shape, resets, None, with_first=False)
         if time_shape:
             out = {n: s.view(*time_shape, *s.shape[1:]) for n, s in out.items()}
         return out, self._join_state(new_states)
@@ -316,47 +328,63 @@ class ProgressiveNetwork(nn.Module):
             obs = obs.flatten(0, 1)
         elif obs.dim() != len(shape) + 1 or obs.shape[1:] != shape:
             raise ValueError(f"obs: expected (B, {', '.join(map(str, shape))}), got {tuple(obs.shape)}")
-        if self.channels_last_input:
-            obs = obs.permute(0, 3, 1, 2)
-        if len(shape) == 1:
-            return obs.to(self.device, torch.float32), time_shape
-        batched = obs.shape[0] >= CHANNELS_LAST_FROM
-        layout = torch.channels_last if batched else torch.contiguous_format
-        return obs.to(self.device, torch.float32, memory_format=layout), time_shape
+        return obs.permute(0, 3, 1, 2) if self.channels_last_input else obs, time_shape
+
+    def _to_float(self, obs: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+        h = obs.to(self.device, torch.float32).contiguous(memory_format=layout)
+        return h.clone() if h.data_ptr() % ALIGNMENT else h
 
     def _compute_sources(
         self,
-        h: Tensor,
+        obs: Tensor,
         k: int,
         states: Mapping[int, LSTMState],
         new_states: dict[int, LSTMState],
         time_shape: tuple[int, int] | None,
         resets: Tensor | None,
         transform: Transform | None,
-    ) -> dict[int, Tensor]:
-        """h^{<k} of every layer that column k reads; columns are computed oldest first, each from the ones before."""
-        num = self.columns[k].num_sources
-        collected: list[list[Tensor]] = []
-        # What column j reads is the first part of what a later column reads, so one concatenation a column serves.
-        for j in range(num):
-            column = self.columns[j]
-            sources = _concatenate(collected[: column.num_sources], column.reads)
+        with_first: bool,
+    ) -> tuple[dict[int, Tensor], Tensor | None]:
+        """h^{<k} of every layer that column k reads, and h_1 of column k if it came along with theirs.
+
+        Columns are computed oldest first, each from the ones before.
+        """
+        columns = self.columns[: self.columns[k].num_sources]
+        read = {n for column in (*columns, self.columns[k]) for n in column.reads}
+        if not columns:
+            return {}, None
+        h = self._to_float(obs)
+        # Without a transform nothing here depends on a parameter that trains.
+        records = torch.is_grad_enabled() and transform is not None
+        together = None
+        if not records:
+            together = first_layers(h, [*columns, *([self.columns[k]] if with_first else [])])
+        given = together if transform is None else None  # a transform changes what lies side by side
+        kept = Graph(columns, read) if records else SideBySide(columns, read, given)
+        firsts: list[Tensor | None] = [None] * (len(columns) + 1)
+        if together is not None:
+            widths = [column.shapes[1][0] for column in columns]
+            parts = together.split([*widths, together.shape[1] - sum(widths)], dim=1)
+            # Copies: a convolution wants its maps in one piece, and a transform may write into them.
+            firsts = [part.contiguous() for part in parts[: len(columns)]]
+            firsts.append(parts[-1].contiguous() if with_first else None)
+        for j, column in enumerate(columns):
             layers: list[Tensor] = []
-            # Without a transform nothing here depends on a parameter that trains.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and transform is not None):
+            with torch.set_grad_enabled(records):
                 _, _, new_states[j] = column(
                     h,
-                    sources,
+                    kept.before(column.num_sources, column.reads),
                     states.get(j),
                     time_shape=time_shape,
                     resets=resets,
                     index=j,
                     transform=transform,
                     activations=layers,
+                    first=firsts[j],
                     heads=False,
                 )
-            collected.append(layers)
-        return _concatenate(collected, self.columns[k].reads)
+                kept.add(layers)
+        return kept.before(len(columns), self.columns[k].reads), firsts[-1]
 
     def _check_sources(self, sources: Mapping[int, Tensor], k: int, leading: tuple[int, ...]) -> dict[int, Tensor]:
         """Sources that a caller kept, with one batch axis; `leading` is (B,) or (B, T)."""
@@ -397,12 +425,6 @@ class ProgressiveNetwork(nn.Module):
         if not parts:
             return {}
         return {"h": torch.cat([s.h for s in parts], dim=1), "c": torch.cat([s.c for s in parts], dim=1)}
-
-
-def _concatenate(collected: Sequence[Sequence[Tensor]], layers: Sequence[int]) -> dict[int, Tensor]:
-    if len(collected) == 1:
-        return {n: collected[0][n - 1] for n in layers}
-    return {n: torch.cat([column[n - 1] for column in collected], dim=1) for n in layers}
 
 
 def _column_seed(seed: int, index: int) -> int:

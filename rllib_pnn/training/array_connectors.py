@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -328,6 +329,9 @@ class ArrayLearnerMixin(Learner):
     @override(Learner)
     def build(self) -> None:
         keep_freed_memory()
+        threads = spare_threads(self.config)
+        if threads is not None:
+            torch.set_num_threads(threads)
         super().build()
         if not isinstance(self.config._learner_connector, _ArrayConnectors) or self._learner_connector is None:
             return
@@ -364,6 +368,20 @@ class ArrayLearnerMixin(Learner):
             if training_data.episodes is not None:
                 batch.count = len(module_batch)  # as if the episodes were as long as their rows
         return batch
+
+
+def spare_threads(config: AlgorithmConfig) -> int | None:
+    """How many torch threads a Learner may use that shares the machine's cores with busy EnvRunners; None: torch's
+    default.
+
+    An asynchronous algorithm's local Learner works while all EnvRunners do. A thread more than there are cores makes
+    all others wait for it at every operator. Remote Learners have CPUs of their own, and PPO's EnvRunners rest
+    meanwhile.
+    """
+    if not isinstance(config, IMPALAConfig) or config.num_learners > 0 or "OMP_NUM_THREADS" in os.environ:
+        return None
+    taken = config.num_env_runners * config.num_cpus_per_env_runner
+    return max(1, int(len(os.sched_getaffinity(0)) - taken)) if hasattr(os, "sched_getaffinity") else None
 
 
 @functools.cache  # one class object each, so that equal configs compare equal

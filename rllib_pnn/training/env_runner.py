@@ -95,9 +95,9 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
     none of them in the data:
 
     - the single connectors run (and are timed) once per `sample()` instead of once per step;
-    - without an `on_episode_end` callback, chunks of unfinished episodes are remembered for the metrics as length, return
-      and duration instead of with all their observations. A callback class that is content with these three of its
-      `prev_episode_chunks` says so by the attribute `needs_whole_chunks = False`;
+    - without an `on_episode_end` callback, chunks of unfinished episodes are remembered for the metrics as length,
+      return and duration instead of with all their observations. A callback class that is content with these three of
+      its `prev_episode_chunks` says so by the attribute `needs_whole_chunks = False`;
     - a remote runner uses one torch thread per CPU it was given and keeps freed memory (`keep_freed_memory`).
 
     Anything that needs the single steps falls back to the parent's loop and says so once in the log:

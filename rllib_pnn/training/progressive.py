@@ -81,7 +81,7 @@ def make_progressive(
         columns_from: a run folder or column store whose columns stand in front of the first task's.
         column_store: where columns are stored; None: `columns/` in the trial's folder.
         input_shift: taken from scaled observations by each new column. `"auto"`: the task's typical pixel (median
-            over some frames of random play) for images, 0 for vectors. With 0, Pong takes three times as many steps.
+            over some frames of random play) for images, so that a plain background is 0; 0 for vectors.
         evaluation_episodes: episodes that every column plays on its own task at each task's end; 0: none.
         evaluation_seed: seed of those episodes.
         check_spaces: make every task's environment once, compare its spaces and look at its pixels; False saves
@@ -152,8 +152,10 @@ def make_progressive(
     )
     if isinstance(config, PPOConfig | IMPALAConfig) and config.add_default_connectors_to_learner_pipeline:
         use_array_pipeline(progressive)
-    progressive.learners(learner_class=progressive_learner_class(progressive.learner_class))
-    progressive.env_runners(env_runner_cls=task_env_runner_class(_env_runner_class(config)))
+    learner_class: Any = progressive.learner_class
+    progressive.learners(learner_class=progressive_learner_class(learner_class))
+    env_runner_class: Any = _env_runner_class(config)
+    progressive.env_runners(env_runner_cls=task_env_runner_class(env_runner_class))
     if config.env in ENV_IDS and config.gym_env_vectorize_mode == gym.VectorizeMode.SYNC:
         # The same observations, all environments of an EnvRunner stepped together.
         progressive.env_runners(gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT)

@@ -56,6 +56,7 @@ class TaskEnvRunnerMixin(SingleAgentEnvRunner):
     task_index = 0
     config: AlgorithmConfig
     module: ProgressiveRLModule
+    _seed: int | None
 
     @override(SingleAgentEnvRunner)
     def __init__(self, **kwargs: Any) -> None:

@@ -1,0 +1,174 @@
+"""How much of the machine does A3C turn into training? A3C against stock IMPALA and against a loop without Ray.
+
+Pong, the `atari` column, 2 EnvRunners x 16 environments (one process per core for the loop). What counts are env-steps
+per second that were acted on *and* learned from. The contestants run in turns, each in a process of its own, so that
+a machine that gets slower or faster meanwhile treats them alike; compare the ratios, not the figures of two runs.
+
+    python benchmarks/a3c_throughput.py --rounds 5 --seconds 20 --rollout 20
+
+- `bare`: benchmarks/bare_loop.py, synchronous A2C with averaged gradients: the limit.
+- `a3c`: rllib_pnn's A3C.
+- `impala`: RLlib's IMPALA as it comes, with the same module and batches of 320.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+CONTESTANTS = ("bare", "a3c", "impala")
+WARM_UP_S = 5.0
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process and its descendants so far."""
+    total = 0.0
+    process = psutil.Process(pid)
+    for each in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = each.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def run_bare(args: argparse.Namespace) -> tuple[float, float]:
+    """Runs bare_loop.py for a while and reads its log."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "bare.csv"
+        command = [sys.executable, str(Path(__file__).with_name("bare_loop.py")), "--algo", "a2c", "--out", str(out)]
+        command += ["--processes", str(args.runners), "--envs", str(args.envs), "--rollout", str(args.rollout)]
+        command += ["--optimizer", "rmsprop", "--no-normalize", "--lam", "1.0", "--log-every", "1000"]
+        process = subprocess.Popen([*command, "--steps", str(10**9)], start_new_session=True)
+        try:
+            first: tuple[float, int, float] | None = None
+            while process.poll() is None:
+                time.sleep(0.5)
+                rows = list(csv.DictReader(out.open())) if out.exists() else []
+                rows = [row for row in rows if None not in row.values()]
+                if not rows or float(rows[-1]["wall_s"]) < WARM_UP_S:
+                    continue
+                last = (float(rows[-1]["wall_s"]), int(rows[-1]["env_steps"]), cpu_seconds(process.pid))
+                first = first or last
+                seconds, steps, cpu = (b - a for a, b in zip(first, last, strict=True))
+                if seconds >= args.seconds:
+                    return steps / seconds, cpu / steps
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    raise RuntimeError(f"bare_loop.py ended with exit code {process.returncode}")
+
+
+def run_rllib(args: argparse.Namespace) -> tuple[float, float]:
+    """Trains for a while in this process."""
+    # Imported here so that the parent process stays small.
+    import ray
+    from ale_py.vector_env import AtariVectorEnv
+    from ray import tune
+    from ray.rllib.algorithms.impala import IMPALAConfig
+    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+
+    from rllib_pnn.training.a3c import A3CConfig
+    from rllib_pnn.training.rl_module import ProgressiveRLModule
+
+    ray.init(num_cpus=args.runners + 1, include_dashboard=False, log_to_driver=False)
+    tune.register_env("pong", lambda ctx: AtariVectorEnv("pong", ctx["num_envs"], num_threads=1))
+    config: Any
+    if args.only == "a3c":
+        config = A3CConfig().training(lambda_=1.0)
+        config.env_runners(rollout_fragment_length=args.rollout, max_requests_in_flight_per_env_runner=args.in_flight)
+    else:
+        config = IMPALAConfig().training(train_batch_size_per_learner=320, lr=5e-4)
+        config.env_runners(rollout_fragment_length=20)
+    config = (
+        config.environment("pong")
+        .env_runners(
+            num_env_runners=args.runners,
+            num_envs_per_env_runner=args.envs,
+            gym_env_vectorize_mode="vector_entry_point",
+        )
+        .rl_module(
+            rl_module_spec=RLModuleSpec(
+                module_class=ProgressiveRLModule, model_config={"progressive": {"column": "atari", "tasks": [{}]}}
+            )
+        )
+        .reporting(min_time_s_per_iteration=1)
+        .debugging(log_level="ERROR")
+    )
+    algo = config.build_algo()
+    try:
+        begin, first = time.monotonic(), None  # first and last: wall clock, env-steps, CPU time
+        while True:
+            result = algo.train()
+            steps = result["learners"].get("__all_modules__", {}).get("num_env_steps_trained_lifetime", 0)
+            last = (time.monotonic(), float(steps), cpu_seconds(os.getpid()))
+            if last[0] - begin < WARM_UP_S:
+                continue
+            first = first or last
+            seconds, steps, cpu = (b - a for a, b in zip(first, last, strict=True))
+            if seconds >= args.seconds:
+                return steps / seconds, cpu / steps
+    finally:
+        algo.stop()
+        ray.shutdown()
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """One turn of a contestant, in a process of its own."""
+    command = [sys.executable, __file__, "--only", name]
+    for key in ("seconds", "runners", "envs", "rollout", "in_flight"):
+        command += [f"--{key.replace('_', '-')}", str(getattr(args, key))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rounds", type=int, default=3)
+    add("--seconds", type=float, default=20.0, help="measured per turn, after a warm-up")
+    add("--runners", type=int, default=2)
+    add("--envs", type=int, default=16, help="per EnvRunner")
+    add("--rollout", type=int, default=20, help="T of A3C and the bare loop")
+    add("--in-flight", type=int, default=1, help="A3C's max_requests_in_flight_per_env_runner")
+    add("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    add("--only", choices=CONTESTANTS, help="one turn of one contestant; prints JSON")
+    args = parser.parse_args()
+    if args.only:
+        rate, cpu = run_bare(args) if args.only == "bare" else run_rllib(args)
+        print(json.dumps({"env_steps_per_s": rate, "cpu_us_per_env_step": 1e6 * cpu}))
+        return
+
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in args.contestants}
+    for number in range(1, args.rounds + 1):
+        for name in args.contestants:
+            turn = measure(name, args)
+            turns[name].append(turn)
+            print(
+                f"round {number}: {name} {turn['env_steps_per_s']:.0f} env-steps/s, "
+                f"{turn['cpu_us_per_env_step']:.0f} us of CPU time each",
+                flush=True,
+            )
+    for other in ("bare", "impala"):
+        if other in turns and "a3c" in turns:
+            for key, what in [("env_steps_per_s", "env-steps/s"), ("cpu_us_per_env_step", "CPU time per env-step")]:
+                ratios = sorted(a[key] / b[key] for a, b in zip(turns["a3c"], turns[other], strict=True))
+                print(
+                    f"a3c / {other}, {what}: median {statistics.median(ratios):.2f} "
+                    f"(min {ratios[0]:.2f}, max {ratios[-1]:.2f}, {args.rounds} rounds, T = {args.rollout})"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,392 @@
+"""make_progressive and ProgressiveCallback on real algorithms: growth, task switches, checkpoints, faults."""
+
+import copy
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import ray
+import torch
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.appo import APPOConfig
+from ray.rllib.algorithms.dqn import DQNConfig
+from ray.rllib.algorithms.impala import IMPALAConfig
+from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.callbacks.callbacks import RLlibCallback
+
+import rllib_pnn
+from rllib_pnn.network import ColumnStore
+from rllib_pnn.training.a3c import A3CConfig
+from rllib_pnn.training.evaluation import evaluate_column
+from rllib_pnn.training.learner import NUM_ENV_STEPS_DROPPED, note_task, task_of
+from rllib_pnn.training.progressive import make_progressive
+
+VARIANTS = ("plain", "flipped", "permuted")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+    rllib_pnn.register()
+    yield
+    ray.shutdown()
+
+
+def tasks(count=2, steps=200):
+    return [{"name": v, "env_config": {"variant": v}, "until": {"num_env_steps": steps}} for v in VARIANTS[:count]]
+
+
+def config(algorithm="PPO", *, num_env_runners=0, num_learners=0):
+    made = {"PPO": PPOConfig, "APPO": APPOConfig, "IMPALA": IMPALAConfig, "A3C": A3CConfig}[algorithm]()
+    made.environment("rllib_pnn/CartPoleSoup-v0")
+    made.env_runners(
+        num_env_runners=num_env_runners,
+        num_envs_per_env_runner=2,
+        num_cpus_per_env_runner=0.5,
+        rollout_fragment_length=20,
+    )
+    made.learners(num_learners=num_learners, num_cpus_per_learner=0.5)
+    made.debugging(seed=7)
+    if algorithm == "PPO":
+        made.training(train_batch_size_per_learner=80 // max(1, num_learners), minibatch_size=40, num_epochs=2)
+    elif algorithm != "A3C":
+        made.training(train_batch_size_per_learner=40)
+    made.training(lr=1e-3)
+    made.reporting(min_time_s_per_iteration=0 if algorithm == "PPO" else 0.2)
+    return made
+
+
+def progressive(tmp_path, algorithm="PPO", *, count=2, steps=200, **settings):
+    runners = {k: settings.pop(k) for k in ("num_env_runners", "num_learners") if k in settings}
+    settings = {"column": [{"dense": 8}, {"dense": 8}], "evaluation_episodes": 2, **settings}
+    made = settings.pop("config", None) or config(algorithm, **runners)
+    return make_progressive(made, tasks=tasks(count, steps), column_store=tmp_path / "columns", **settings)
+
+
+def learner_module(algorithm):
+    return _learner(algorithm).progressive_module
+
+
+def _learner(algorithm):
+    return algorithm.learner_group._learner
+
+
+def train_until(algorithm, condition, limit=200):
+    for _ in range(limit):
+        result = algorithm.train()
+        if condition(result):
+            return result
+    raise AssertionError("condition never met")
+
+
+# -- the four algorithms -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "num_env_runners", "num_learners"),
+    [("PPO", 1, 0), ("PPO", 0, 2), ("APPO", 1, 0), ("IMPALA", 1, 1), ("A3C", 1, 0)],
+)
+def test_train_switch_train_checkpoint_restore_train(tmp_path, algorithm, num_env_runners, num_learners):
+    made = progressive(
+        tmp_path, algorithm, count=3, num_env_runners=num_env_runners, num_learners=num_learners, steps=160
+    ).build_algo()
+    try:
+        first = train_until(made, lambda r: r["progressive"]["task_over"])
+        assert first["progressive"]["task"] == "plain"
+        assert not math.isnan(first["columns"]["plain"]["frozen_episode_return_mean"])
+        train_until(made, lambda r: r["progressive"]["task"] == "flipped" and r["progressive"]["task_env_steps"] > 0)
+        checkpoint = made.save_to_path(str(tmp_path / "checkpoint"))
+    finally:
+        made.stop()
+    stored = [entry.fingerprint for entry in ColumnStore(tmp_path / "columns").entries]
+    assert len(stored) == 1
+
+    restored = Algorithm.from_checkpoint(checkpoint)
+    try:
+        result = restored.train()
+        assert result["progressive"]["task"] == "flipped"
+        last = train_until(restored, lambda r: r.get("done"))
+        assert last["progressive"]["finished"]
+        # Promise 1: played again after two more tasks and a restore, the same episodes with bit-equal outputs.
+        assert [last["columns"][v]["bit_equal"] for v in VARIANTS] == [1, 1, 1]
+        assert [last["columns"][v]["forgetting"] for v in VARIANTS] == [0.0, 0.0, 0.0]
+    finally:
+        restored.stop()
+    entries = ColumnStore(tmp_path / "columns").entries
+    assert [e.task for e in entries] == list(VARIANTS)
+    assert entries[0].fingerprint == stored[0]
+    assert ColumnStore(tmp_path / "columns").load().num_columns == 3
+
+
+# -- promises ----------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_new_column_trains_and_the_old_one_keeps_its_bits(tmp_path):
+    made = progressive(tmp_path).build_algo()
+    try:
+        train_until(made, lambda r: r["progressive"]["task_over"])
+        network = learner_module(made).network
+        held = [
+            p for group in next(iter(_learner(made)._named_optimizers.values())).param_groups for p in group["params"]
+        ]
+        assert {id(p) for p in held} == {id(p) for p in network.columns[-1].parameters()}
+        before = [p.detach().clone() for p in network.columns[0].parameters()]
+        newest = [p.detach().clone() for p in network.columns[1].parameters()]
+        made.train()
+        assert all(torch.equal(a, b) for a, b in zip(before, network.columns[0].parameters(), strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(newest, network.columns[1].parameters(), strict=True))
+        network.verify()
+    finally:
+        made.stop()
+
+
+def test_rollouts_of_another_task_train_nothing(tmp_path):
+    made = progressive(tmp_path).build_algo()
+    try:
+        learner = _learner(made)
+
+        def update(task_index):
+            episodes = made.env_runner.sample(num_timesteps=80)
+            for episode in episodes:
+                episode.id_ = episode.id_.partition("/")[2]
+                note_task(episode, task_index)
+            before = [p.detach().clone() for p in learner.progressive_module.network.parameters()]
+            results = made.learner_group.update(episodes=episodes, num_epochs=1, minibatch_size=40, timesteps={})
+            after = learner.progressive_module.network.parameters()
+            changed = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            return changed, results[0]["__all_modules__"].get(NUM_ENV_STEPS_DROPPED)
+
+        changed, dropped = update(task_index=0)
+        assert changed
+        assert dropped is None
+        changed, dropped = update(task_index=1)
+        assert not changed
+        assert dropped.peek() >= 80
+    finally:
+        made.stop()
+
+
+def test_episodes_keep_their_task_when_cut_and_sliced(tmp_path):
+    made = progressive(tmp_path).build_algo()
+    try:
+        episode = made.env_runner.sample(num_timesteps=10)[0]
+        assert task_of(episode) == 0
+        assert task_of(episode[1:3]) == 0
+        assert task_of(copy.deepcopy(episode)) == 0
+        assert task_of(episode.cut()) == 0
+    finally:
+        made.stop()
+
+
+def test_every_env_runner_plays_the_new_task_a_restarted_one_too(tmp_path):
+    base = config(num_env_runners=2)
+    base.fault_tolerance(restart_failed_env_runners=True, env_runner_health_probe_timeout_s=5)
+    made = progressive(tmp_path, config=base, steps=100).build_algo()
+    try:
+        train_until(made, lambda r: r["progressive"]["task_over"])
+
+        def look(runner):
+            return runner.worker_index, runner.task_index, runner.env.unwrapped.spec.kwargs.get("variant")
+
+        group = made.env_runner_group
+        seen = group.foreach_env_runner(look, local_env_runner=False)
+        assert [s[1] for s in seen] == [1, 1]
+        actor = group._worker_manager.actors()[1]
+        ray.kill(actor, no_restart=False)
+        for _ in range(30):
+            made.train()
+            seen = group.foreach_env_runner(look, local_env_runner=False)
+            if len(seen) == 2:
+                break
+        assert sorted(s[:2] for s in seen) == [(1, 1), (2, 1)]
+    finally:
+        made.stop()
+
+
+def test_late_weights_of_an_earlier_task_are_ignored(tmp_path):
+    made = progressive(tmp_path).build_algo()
+    try:
+        early = copy.deepcopy(learner_module(made).get_state())
+        train_until(made, lambda r: r["progressive"]["task_over"])
+        runner = made.env_runner
+        assert runner.task_index == 1
+        runner.set_state({"rl_module": early})
+        assert (runner.task_index, runner.module.network.num_columns) == (1, 2)
+        runner.follow(early)  # said on purpose, after a restore
+        assert (runner.task_index, runner.module.network.num_columns) == (0, 1)
+    finally:
+        made.stop()
+
+
+def test_a_column_that_was_stored_is_never_trained_again(tmp_path):
+    # Killed after storing column 0 and before the next checkpoint: the old checkpoint knows nothing of it.
+    made = progressive(tmp_path, steps=200).build_algo()
+    try:
+        made.train()
+        checkpoint = made.save_to_path(str(tmp_path / "checkpoint"))
+        train_until(made, lambda r: r["progressive"]["task_over"])
+    finally:
+        made.stop()
+    stored = ColumnStore(tmp_path / "columns").entries[0].fingerprint
+    restored = Algorithm.from_checkpoint(checkpoint)
+    try:
+        result = restored.train()
+        assert result["progressive"]["task"] == "flipped"
+        assert learner_module(restored).network.fingerprints() == [stored, None]
+        train_until(restored, lambda r: r.get("done"))
+    finally:
+        restored.stop()
+    assert [e.task for e in ColumnStore(tmp_path / "columns").entries] == ["plain", "flipped"]
+
+
+def test_the_same_seed_gives_the_same_columns(tmp_path):
+    fingerprints = []
+    for name in ("a", "b"):
+        made = progressive(tmp_path / name, steps=100).build_algo()
+        try:
+            train_until(made, lambda r: r.get("done"))
+        finally:
+            made.stop()
+        fingerprints.append([e.fingerprint for e in ColumnStore(tmp_path / name / "columns").entries])
+    assert fingerprints[0] == fingerprints[1]
+
+
+def test_schedules_start_anew_with_every_task(tmp_path):
+    base = config()
+    base.training(lr=[[0, 1e-3], [200, 1e-5]], entropy_coeff=[[0, 0.1], [200, 0.0]])
+    made = progressive(tmp_path, config=base, steps=240).build_algo()
+    try:
+        rates = []
+        for _ in range(6):
+            result = made.train()
+            rates.append((result["progressive"]["task_index"], _learner(made)._optimizer_parameters and _rate(made)))
+        before = [r for i, r in rates if i == 0]
+        after = [r for i, r in rates if i == 1]
+        assert before[-1] < before[0]
+        assert after[0] > before[-1]
+    finally:
+        made.stop()
+
+
+def _rate(made):
+    return next(iter(_learner(made)._named_optimizers.values())).param_groups[0]["lr"]
+
+
+def test_columns_from_another_run_stand_in_front(tmp_path):
+    made = progressive(tmp_path / "source", count=1, steps=100).build_algo()
+    try:
+        train_until(made, lambda r: r.get("done"))
+    finally:
+        made.stop()
+    source = ColumnStore(tmp_path / "source" / "columns").entries[0].fingerprint
+    target = progressive(tmp_path / "target", count=1, steps=100, columns_from=tmp_path / "source").build_algo()
+    try:
+        assert learner_module(target).network.fingerprints() == [source, None]
+        result = train_until(target, lambda r: r.get("done"))
+        assert result["progressive"]["column"] == 1
+    finally:
+        target.stop()
+    entries = ColumnStore(tmp_path / "target" / "columns").entries
+    assert entries[0].fingerprint == source
+    assert entries[1].num_sources == 1
+
+
+def test_a_users_callbacks_and_config_stay(tmp_path):
+    class Mine(RLlibCallback):
+        pass
+
+    base = config()
+    base.callbacks(Mine)
+    made = progressive(tmp_path, config=base)
+    assert made.callbacks_class[0] is Mine
+    assert base.callbacks_class is Mine or base.callbacks_class == [Mine]
+    assert base.rl_module_spec.module_class is not made.rl_module_spec.module_class
+
+
+def test_evaluation_repeats_itself_bit_for_bit():
+    network = rllib_pnn.ProgressiveNetwork((4,), 2, [{"dense": 8}])
+    network.add_column()
+    play = {"column": 0, "num_episodes": 10, "seed": 5}
+    env = ("rllib_pnn/CartPoleSoup-v0", {"variant": "plain"})
+    first, second = (evaluate_column(network, *env, **play) for _ in range(2))
+    assert first == second
+    assert len(first.returns) == 10
+    assert first.returns == tuple(float(n) for n in first.lengths)  # CartPole pays 1 a step
+    other = evaluate_column(network, *env, **play | {"seed": 6})
+    assert other.digest != first.digest
+    with torch.no_grad():
+        network.columns[0].policy.bias.add_(torch.tensor([0.0, 1e-6]))
+    assert evaluate_column(network, *env, **play).digest != first.digest
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": []}, "at least one task"),
+        ({"lateral": "adaptor"}, "did you mean 'adapter'"),
+        ({"architecture": "finetune"}, "expected one of progressive, scratch"),
+        ({"lateral_scale": "loud"}, "lateral_scale: expected a finite number"),
+        ({"evaluation_episodes": -1}, "evaluation_episodes"),
+        ({"input_shift": "none"}, "input_shift"),
+        ({"column": "atary"}, "did you mean 'atari'"),
+        ({"column": "atari"}, "use the preset 'mlp'"),
+        ({"columns_from": "/nowhere"}, "holds no columns"),
+        ({"tasks": [{"name": "a", "env_config": {"variant": "flippd"}}]}, r"tasks\[0\] \('a'\).*flipped"),
+    ],
+)
+def test_bad_settings_give_one_line(settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_progressive(config(), **{"tasks": tasks(), "column": "mlp", **settings})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PPOConfig(), "no environment"),
+        (lambda: DQNConfig().environment("CartPole-v1"), "expected PPO, APPO, IMPALA or A3C, got DQNConfig"),
+        (
+            lambda: (
+                PPOConfig()
+                .environment("CartPole-v1")
+                .api_stack(enable_rl_module_and_learner=False, enable_env_runner_and_connector_v2=False)
+            ),
+            "old API stack",
+        ),
+        (
+            lambda: (
+                PPOConfig()
+                .environment("CartPole-v1")
+                .multi_agent(policies={"a", "b"}, policy_mapping_fn=lambda *_: "a")
+            ),
+            "multi-agent",
+        ),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make_progressive(make(), tasks=[{"name": "a"}], column="mlp")
+
+
+class Wider(gym.Env):
+    """An environment whose observations depend on its config."""
+
+    def __init__(self, config):
+        self.observation_space = gym.spaces.Box(-1, 1, (config.get("width", 3),), np.float32)
+        self.action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, True, False, {}
+
+
+def test_tasks_must_share_their_spaces():
+    both = [{"name": "a"}, {"name": "b", "env_config": {"width": 4}}]
+    with pytest.raises(ValueError, match=r"tasks\[1\] \('b'\): its observation space"):
+        make_progressive(PPOConfig().environment(Wider), tasks=both, column="mlp")
