@@ -218,7 +218,7 @@ def check_env(plan: Plan, experiment: Experiment) -> None:
         else:
             env = gym.make(name, **env_config)
     except (gym.error.UnregisteredEnv, gym.error.NameNotFound, ModuleNotFoundError) as error:
-        raise plan.error(("env",), one_line(error).rstrip(".") + did_you_mean(name, gym.registry)) from None
+        raise plan.error(("env",), one_line(error).split(" Did you mean")[0].rstrip(".") + did_you_mean(name, gym.registry)) from None
     except Exception as error:  # whatever an environment's constructor may raise
         raise plan.error(("config", "env_config"), f"{name} can't be made: {one_line(error)}") from None
     env.close()
