@@ -331,10 +331,10 @@ def test_where_parameters_and_observations_lie_in_memory_changes_no_bit() -> Non
 
 
 def test_where_a_recurrent_state_lies_in_memory_changes_no_bit() -> None:
-    network = lstm_network(2, LSTM_SPECS["dense, lstm"])
+    network = lstm_network(2, [{"dense": 5}, {"lstm": 61}])
     network.freeze()
     obs = torch.randn(1, 3, 6)
-    state = {key: torch.randn(1, 8) for key in ("h", "c")}
+    state = {key: torch.randn(1, 122) for key in ("h", "c")}
     moved = {key: misaligned(value) for key, value in state.items()}
     for k in range(2):
         assert torch.equal(network(obs, k, moved).logits, network(obs, k, state).logits)

@@ -451,6 +451,17 @@ def test_maps_last_observations_equal_maps_first() -> None:
         assert torch.equal(last(obs.permute(0, 2, 3, 1)).logits, last(obs.permute(0, 2, 3, 1).contiguous()).logits)
 
 
+def test_a_column_that_learns_sees_the_same_pixels() -> None:
+    """Bytes take another way into memory there."""
+    network = make(2, *SPECS["dense on convolutions"])
+    for batch in (1, 31, 70):
+        obs = observations(network, batch)
+        learned = network(obs).logits
+        with torch.no_grad():
+            torch.testing.assert_close(learned, network(obs).logits)
+        assert torch.equal(learned, network(obs.float()).logits)
+
+
 def test_bytes_are_scaled_to_one_and_vectors_are_not() -> None:
     image = make(1, *SPECS["convolutional"])
     assert image.input_scale == pytest.approx(1 / 255)
