@@ -361,20 +361,20 @@ def test_no_floor_no_baseline_no_score_but_curves(tmp_path):
     assert labyrinth.rows == () and pong.rows == ()
     assert len(labyrinth.targets) == 2
     assert any("floor is not known" in note for note in labyrinth.notes)
-    assert any("no `scratch` run" in note for note in pong.notes)
+    assert any("no scratch run" in note for note in pong.notes)
 
 
 def test_a_run_that_ended_by_its_return_holds_it_and_a_short_one_is_left_out(tmp_path):
-    until = {"episode_return_mean": 18, "num_env_steps": 400}
-    write_run(tmp_path / "slow", {"zoom": flat(-11)}, architecture="scratch", until=until)
-    write_run(tmp_path / "fast", {"zoom": [(100, -1, 1), (200, 19, 1)]}, source_tasks=["pong"], until=until)
+    until = {"episode_return_mean": 18, "num_env_steps": 800}
+    write_run(tmp_path / "slow", {"zoom": flat(-11, (200, 400, 600, 800))}, architecture="scratch", until=until)
+    write_run(tmp_path / "fast", {"zoom": [(200, -1, 1), (390, 19, 1)]}, source_tasks=["pong"], until=until)
     write_run(
         tmp_path / "dead", {"zoom": flat(-21, (100,))}, source_tasks=["pong"], until=until, finished=False, seed=1
     )
     (table,) = transfer_tables(read_runs([tmp_path])[0], num_points=4)
     np.testing.assert_allclose(table.targets[0].curves["progressive_2", "pong"], [[-1, 19, 19, 19]])
     assert table.row("progressive_2").mean.value == pytest.approx(350)  # (20 + 3 * 40) / 4 = 35 over 10
-    assert any("dead" in note and "100 of 400 steps" in note for note in table.notes)
+    assert any("dead" in note and "100 of 800 steps" in note for note in table.notes)
 
 
 def test_scores_do_not_depend_on_the_order_of_the_runs(experiment):

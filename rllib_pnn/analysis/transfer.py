@@ -55,7 +55,12 @@ METHOD_LABELS: Mapping[str, str] = {
     "random_column": "Baseline 4: random column",
 }
 
-_SUITES = {"rllib_pnn/PongSoup-v0": "Pong Soup", "rllib_pnn/Atari-v0": "Atari", "rllib_pnn/Labyrinth-v0": "Labyrinth"}
+_SUITES = {
+    "rllib_pnn/PongSoup-v0": "Pong Soup",
+    "rllib_pnn/Atari-v0": "Atari",
+    "rllib_pnn/Labyrinth-v0": "Labyrinth",
+    "rllib_pnn/CartPoleSoup-v0": "CartPole Soup",
+}
 
 # Score per episode of a uniformly random agent: Mnih et al. 2015 (Nature 518), Extended Data Table 2.
 _ATARI_RANDOM_SCORES = {
@@ -241,7 +246,7 @@ def forgetting(performance: Any) -> np.ndarray:
 
 
 def suite_of(env: str) -> str:
-    """Column of the paper's Table 1 that an environment id belongs to; the id itself if it is none of them."""
+    """The suite of games that an environment id is (a column of the paper's Table 1, mostly); else the id itself."""
     return _SUITES.get(env, env)
 
 
@@ -515,11 +520,11 @@ def _method_rows(
             continue
         scratch = [curves for (method, _), curves in target.curves.items() if method == "scratch"]
         if not scratch:
-            notes.append(f"{target.target}: no score: no `scratch` run to compare with")
+            notes.append(f"{target.target}: no score: no scratch run to compare with")
             continue
         areas = area_under_curve(np.concatenate(scratch), target.floor.value)
         if _seed_mean(areas, top) <= 0:
-            notes.append(f"{target.target}: no score: `scratch` stays at or below the floor of {target.floor.value:g}")
+            notes.append(f"{target.target}: no score: scratch stays at or below the floor of {target.floor.value:g}")
             continue
         baselines[target.target] = areas
 
