@@ -162,7 +162,7 @@ def _train_for(algo: Any, seconds: float) -> dict[str, Any]:
 
 
 def _steps(result: dict[str, Any]) -> float:
-    """Env-steps sampled and trained on so far. RLlib's own count of the latter has each minibatch of PPO for a batch."""
+    """Env-steps sampled and trained on so far. RLlib counts each minibatch of PPO as a batch."""
     learners = result.get("learners", {}).get("__all_modules__", {})
     return min(
         result["env_runners"]["num_env_steps_sampled_lifetime"], learners.get("num_env_steps_trained_lifetime", 0.0)

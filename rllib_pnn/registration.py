@@ -8,6 +8,7 @@ from ray import tune
 
 from rllib_pnn.envs.registry import ENV_IDS, create_env, register_envs
 from rllib_pnn.training.a3c import register_a3c
+from rllib_pnn.training.model_v2 import register_model
 
 
 def register() -> None:
@@ -19,3 +20,4 @@ def register() -> None:
     for env_id in ENV_IDS:  # EnvRunners in other processes learn of an id through Tune
         tune.register_env(env_id, functools.partial(create_env, env_id))
     register_a3c()
+    register_model()

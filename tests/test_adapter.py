@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rllib_pnn.network.adapter import Adapter, LinearLateral
+from rllib_pnn.network.adapter import Adapter, LinearLateral, ScaledProduct
 
 
 def parameters_of(module: nn.Module) -> dict[str, np.ndarray]:
@@ -113,3 +113,46 @@ def test_gradients_of_alpha_equal_finite_differences(convolutional: bool) -> Non
                 moved.append(float(adapter(sources).square().sum()))
                 adapter.scale[j] -= step
         assert float(adapter.scale.grad[j]) == pytest.approx((moved[0] - moved[1]) / 2e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("widths", [(3,), (3, 3, 3), (2, 5, 1)])
+def test_gradients_of_the_dense_product_equal_autograds_own(widths: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    operands = [
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((4, sum(widths)), (len(widths),), (5, sum(widths)), (5,))
+    ]
+    assert torch.autograd.gradcheck(lambda *given: ScaledProduct.apply(*given, widths), operands)
+    upstream = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    sources, scale, weight, bias = operands
+    plain = nn.functional.linear(sources * torch.repeat_interleave(scale, torch.tensor(widths)), weight, bias)
+    expected = torch.autograd.grad(plain, operands, upstream)
+    for wanted in ([0], [1], [2], [3], [0, 1], [1, 2, 3], [0, 1, 2, 3]):
+        given = [o.detach().requires_grad_(i in wanted) for i, o in enumerate(operands)]
+        found = torch.autograd.grad(ScaledProduct.apply(*given, widths), [given[i] for i in wanted], upstream)
+        for i, gradient in zip(wanted, found, strict=True):
+            torch.testing.assert_close(gradient, expected[i])
+
+
+@pytest.mark.parametrize("convolutional", [False, True])
+def test_the_first_part_of_a_wider_tensor_gives_the_same_bits(convolutional: bool) -> None:
+    """A frozen column reads the first part of what later columns read, which grows with every column."""
+    for batch in (1, 3, 16, 80):
+        out = nn.Conv2d(12, 4, 3, bias=False) if convolutional else nn.Linear(12, 4, bias=False)
+        adapter = Adapter([12, 12], 12, out, scale=0.5, convolutional=convolutional)
+        randomise(adapter)
+        size = (20, 20) if convolutional else ()
+        apart = torch.randn(batch, 24, *size)
+        for columns in (3, 7):
+            wider = torch.cat([apart, torch.randn(batch, 12 * columns - 24, *size)], dim=1)
+            with torch.no_grad():
+                assert torch.equal(adapter(wider[:, :24]), adapter(apart))
+
+
+def test_asking_and_learning_give_the_same_bits() -> None:
+    adapter = Adapter([6, 6], 6, nn.Linear(6, 4, bias=False), scale=0.5, convolutional=False)
+    randomise(adapter)
+    sources = torch.randn(5, 12)
+    with torch.no_grad():
+        asked = adapter(sources)
+    assert torch.equal(adapter(sources), asked)

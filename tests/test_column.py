@@ -298,3 +298,43 @@ def test_only_the_heads_train_in_baseline_2() -> None:
     assert all(p.requires_grad for p in column.parameters())
     with pytest.raises(ValueError, match="expected 'all' or 'heads', got 'some'"):
         column.set_trained_part("some")
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """An equal tensor that starts 8 bytes past a multiple of 64, as small arrays do in Ray's object store."""
+    memory = torch.empty(tensor.numel() + 32)
+    start = (-memory.data_ptr() // 4) % 16 + 2
+    moved = memory[start : start + tensor.numel()].view(tensor.shape)
+    assert moved.data_ptr() % 64 == 8
+    return moved.copy_(tensor)
+
+
+def test_where_parameters_and_observations_lie_in_memory_changes_no_bit() -> None:
+    """How a product is rounded depends on where its operands start, and arrays from other processes start anywhere."""
+    network = ProgressiveNetwork((6,), 3, [{"dense": 33}, {"dense": 31}])
+    network.add_column()
+    network.add_column()
+    network.freeze()
+    moved = copy.deepcopy(network)
+    for column in moved.columns:
+        for parameter in column.parameters():
+            parameter.data = misaligned(parameter.data)
+        fingerprint, column.fingerprint = column.fingerprint, None
+        assert column.freeze() == fingerprint
+        assert all(parameter.data_ptr() % 64 == 0 for parameter in column.parameters())
+    for batch in (1, 2, 3, 5):
+        obs = torch.randn(batch, 6)
+        for k in range(2):
+            for seen in (obs, misaligned(obs)):
+                assert torch.equal(moved(seen, k).logits, network(obs, k).logits)
+                assert torch.equal(moved(seen, k).value, network(obs, k).value)
+
+
+def test_where_a_recurrent_state_lies_in_memory_changes_no_bit() -> None:
+    network = lstm_network(2, LSTM_SPECS["dense, lstm"])
+    network.freeze()
+    obs = torch.randn(1, 3, 6)
+    state = {key: torch.randn(1, 8) for key in ("h", "c")}
+    moved = {key: misaligned(value) for key, value in state.items()}
+    for k in range(2):
+        assert torch.equal(network(obs, k, moved).logits, network(obs, k, state).logits)

@@ -349,6 +349,40 @@ def test_sources_given_are_bit_equal_to_sources_computed(kind: str, lateral: str
             assert torch.equal(plain.state[key], reused.state[key])
 
 
+@pytest.mark.parametrize("kind", [*SPECS, "recurrent"])
+def test_outputs_and_sources_in_one_pass_are_bit_equal(kind: str) -> None:
+    spec, shape = SPECS.get(kind, (RECURRENT, (2, 9, 8)))
+    network = make(4, spec, shape)
+    obs = observations(network, 5)
+    state = {key: torch.randn_like(h) for key, h in network.initial_state(5).items()}
+    with torch.no_grad():
+        for k in range(4):
+            output, sources = network.forward_with_sources(obs, k, state)
+            expected = network(obs, k, state)
+            assert same(
+                [output.logits, output.value, *output.state.values()],
+                [expected.logits, expected.value, *expected.state.values()],
+            )
+            wanted, _ = network.sources(obs, k, state)
+            assert sources.keys() == wanted.keys()
+            assert same(list(sources.values()), list(wanted.values()))
+
+
+def test_a_frozen_column_computes_the_same_bits_with_and_without_gradients() -> None:
+    network = make(3, *SPECS["dense on convolutions"])
+    obs = observations(network, 5)
+    with torch.no_grad():
+        before = network(obs)
+    network.freeze()
+    with torch.no_grad():
+        assert torch.equal(network(obs).logits, before.logits)
+    assert torch.equal(network(obs).logits, before.logits)
+    for k in range(2):
+        learning = network(obs, k)
+        with torch.no_grad():
+            assert torch.equal(network(obs, k).logits, learning.logits)
+
+
 def test_sources_are_kept_by_layer_and_can_be_cut_into_minibatches() -> None:
     network = make(3, *SPECS["dense on convolutions"])
     obs = observations(network, 12)

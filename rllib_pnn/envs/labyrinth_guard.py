@@ -27,7 +27,7 @@ from pathlib import Path
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_PREFIXES = ("ViZDoomMQCtr", "ViZDoomMQDoom", "ViZDoomSM")
 LAUNCHER = "engine"  # the executable in the folder through which the owner starts every engine
-_PATIENCE = 5.0  # seconds to wait for killed engines to be gone and for unknown names to be free
+_PATIENCE = 30.0  # seconds to wait for killed engines to be gone and for unknown names to be free
 
 
 def main() -> None:
@@ -116,6 +116,7 @@ def _unlink_unused(since: float, deadline: float) -> None:
     A file that is made has been open or mapped in a living process from its first moment on, which is looked
     up after the list of names: files of engines that start or run elsewhere are never touched.
     """
+    pause = 0.1
     while names := {path for path in SHARED_MEMORY.glob("ViZDoom*") if _is_ours(path, since)}:
         used = _shared_memory_in_use()
         for path in names:
@@ -124,7 +125,8 @@ def _unlink_unused(since: float, deadline: float) -> None:
         # A forked child of the owner that is yet to find the launcher gone still maps its names: come back.
         if used.isdisjoint(map(str, names)) or time.monotonic() > deadline:
             return
-        time.sleep(0.1)
+        time.sleep(pause)
+        pause = min(2 * pause, 2.0)
 
 
 def _is_ours(path: Path, since: float) -> bool:

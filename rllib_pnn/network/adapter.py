@@ -66,7 +66,7 @@ class ScaledProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(sources, scale, weight)
         ctx.widths = widths
-        return F.linear(_by_column(sources, scale, widths), weight, bias)
+        return _scaled_product(sources, scale, weight, bias, widths)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -87,6 +87,12 @@ class ScaledProduct(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             for_bias = gradient.sum(0)
         return for_sources, for_scale, for_weight, for_bias, None
+
+
+def _scaled_product(
+    sources: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, widths: tuple[int, ...]
+) -> Tensor:
+    return F.linear(_by_column(sources, scale, widths), weight, bias)
 
 
 def _by_column(features: Tensor, scale: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -124,19 +130,21 @@ class Adapter(nn.Module):
         self.out = out
         self.convolutional = convolutional
         self._widths = tuple(source_widths)
-        self._uniform = self._widths[0] if len(set(self._widths)) == 1 else None
 
     def feature_scale(self) -> Tensor:
         """alpha for every source feature, (sum of source widths,)."""
-        if self._uniform is not None:
-            return self.scale.unsqueeze(1).expand(-1, self._uniform).reshape(-1)
+        if len(set(self._widths)) == 1:
+            return self.scale.repeat_interleave(self._widths[0])
         return torch.cat([self.scale[j].expand(width) for j, width in enumerate(self._widths)])
 
     def project(self, sources: Tensor) -> Tensor:
         """g(V(alpha * h)): (B, sum of source widths, ...) -> (B, width, ...)."""
         layer = self.project_layer
         if not self.convolutional:
-            return ScaledProduct.apply(sources.flatten(1), self.scale, layer.weight, layer.bias, self._widths).relu_()
+            operands = (sources.flatten(1), self.scale, layer.weight, layer.bias, self._widths)
+            # The same numbers; outside of training without autograd's bookkeeping.
+            apply = ScaledProduct.apply if torch.is_grad_enabled() else _scaled_product
+            return apply(*operands).relu_()
         # A 1x1 convolution is one product of matrices an image, which reads sources where they lie: in all layouts,
         # and as the first maps of a wider tensor. alpha * V are a few numbers, alpha * h a pass over all maps.
         weight = layer.weight.flatten(1) * self.feature_scale()

@@ -55,6 +55,9 @@ class ProgressiveCallback(RLlibCallback):
       `forgetting` (their difference), `bit_equal` (1 if every policy output was the same), NaN before freezing.
     """
 
+    # Of an episode's earlier chunks it reads the return only; ArrayEnvRunner then keeps no observations of them.
+    needs_whole_chunks = False
+
     def __init__(self) -> None:
         super().__init__()
         self._ready = False

@@ -68,11 +68,10 @@ class TaskEnvRunnerMixin(SingleAgentEnvRunner):
             self._seed += SEED_STRIDE // 2 * bool(self.config.in_evaluation)
 
     @override(SingleAgentEnvRunner)
-    def sample(self, **kwargs: Any) -> list[SingleAgentEpisode]:
-        episodes = super().sample(**kwargs)
-        for episode in episodes if isinstance(episodes, list) else ():
-            note_task(episode, self.task_index)
-        return episodes
+    def _new_episode(self, env_index: int, episodes: list[SingleAgentEpisode] | None = None) -> None:
+        super()._new_episode(env_index, episodes)
+        # Before anything is filed under its id: RLlib looks earlier chunks up by it.
+        note_task((self._ongoing_episodes if episodes is None else episodes)[env_index], self.task_index)
 
     @override(SingleAgentEnvRunner)
     def set_state(self, state: StateDict) -> None:
