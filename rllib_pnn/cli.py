@@ -83,16 +83,16 @@ def train(
         from rllib_pnn.experiment.run import resume as resume_run
 
         outcome = resume_run(resume, console=console, ray_address=ray_address, verbose=verbose)
-        raise typer.Exit(_report(console, [outcome]))
+        raise typer.Exit(_report(console, outcome))
     assert path is not None
     plans = load_plans(_existing(path))
     prepare_ray(verbose=verbose)
     from rllib_pnn.experiment.run import train as train_plans
 
-    outcomes = []
+    code = DONE
     for outcome in train_plans(plans, storage=storage, console=console, ray_address=ray_address, verbose=verbose):
-        outcomes.append(outcome)
-    raise typer.Exit(_report(console, outcomes))
+        code = _report(console, outcome) or code
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -420,33 +420,31 @@ def _table(*headers: str) -> Table:
     return table
 
 
-def _report(console: Console, outcomes: list[Outcome]) -> int:
-    """What came of the experiments, what to do next, and the exit code."""
-    code = DONE
-    for outcome in outcomes:
-        rows = _result_rows(outcome)
-        if rows:
-            table = _table("run", "task", "column", "steps", "return at freezing", "fingerprint")
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
-        run = outcome.runs[0].path if len(outcome.runs) == 1 else outcome.path
-        shown = _relative(run)
-        if outcome.stopped_by is not None:
-            code = code or 128 + outcome.stopped_by
-            console.print(f"Stopped. Go on with:  rllib train --resume {shown}", markup=False, soft_wrap=True)
-        elif outcome.failed:
-            code = FAILED
-            for failed in outcome.failed:
-                _fail(f"{_relative(failed.path)}: failed, see {_relative(failed.path / 'error.txt')}", FAILED)
-            console.print(f"Once that is mended:  rllib train --resume {shown}", markup=False, soft_wrap=True)
-        else:
-            console.print(f"Done. Run folder: {shown}", markup=False, soft_wrap=True)
-            if rows:
-                console.print(f"Next:  rllib evaluate {_relative(outcome.runs[0].path)}", markup=False, soft_wrap=True)
-            else:
-                console.print(f"Next:  tensorboard --logdir {shown}", markup=False, soft_wrap=True)
-    return code
+def _report(console: Console, outcome: Outcome) -> int:
+    """Says what came of an experiment and what to do next; returns the exit code."""
+    rows = _result_rows(outcome)
+    if rows:
+        table = _table("run", "task", "column", "steps", "return at freezing", "fingerprint")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+    def say(message: str) -> None:
+        console.print(message, markup=False, soft_wrap=True)
+
+    shown = _relative(outcome.runs[0].path if len(outcome.runs) == 1 else outcome.path)
+    if outcome.stopped_by is not None:
+        say(f"Stopped. Go on with:  rllib train --resume {shown}")
+        return 128 + outcome.stopped_by
+    if outcome.failed:
+        for run in outcome.failed:
+            _fail(f"{_relative(run.path)}: failed, see {_relative(run.path / 'error.txt')}", FAILED)
+        say(f"Once that is mended:  rllib train --resume {shown}")
+        return FAILED
+    say(f"Done. Run folder: {shown}")
+    first = _relative(outcome.runs[0].path)
+    say(f"Next:  rllib evaluate {first}" if rows else f"Next:  tensorboard --logdir {shown}")
+    return DONE
 
 
 def _result_rows(outcome: Outcome) -> list[tuple[str, ...]]:

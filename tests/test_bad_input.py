@@ -11,13 +11,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import ray
+from stored_columns import SOUP, soup_run
 
 from rllib_pnn import cli
 from rllib_pnn.experiment import run
 from rllib_pnn.experiment.algorithm import Cluster
-from rllib_pnn.experiment.folder import RunFolder, create_experiment, lock
-from rllib_pnn.experiment.spec import load_plans
-from rllib_pnn.network import ColumnStore, ProgressiveNetwork
+from rllib_pnn.experiment.folder import lock
 from rllib_pnn.registration import register
 
 REAL_RAY = run._ray
@@ -31,18 +30,6 @@ cartpole:
     num_env_runners: 1
     train_batch_size_per_learner: 500
     minibatch_size: 100
-"""
-
-SOUP = """\
-soup:
-  run: PPO
-  env: rllib_pnn/CartPoleSoup-v0
-  config: {num_env_runners: 0, train_batch_size_per_learner: 500, minibatch_size: 100}
-  progressive:
-    column: mlp
-    tasks:
-      - {name: plain, env_config: {variant: plain}, until: {num_env_steps: 500}}
-      - {name: flipped, env_config: {variant: flipped}, until: {num_env_steps: 500}}
 """
 
 
@@ -272,19 +259,6 @@ def test_bad_file(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -
     (folder / "bad.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     line = refuse(capsys, "train", "-f", "bad.yaml")
     assert contains_in_order(line, words), line
-
-
-def soup_run(folder: Path) -> Path:
-    """A run folder with two stored columns, as a finished run of `SOUP` leaves it."""
-    (folder / "soup.yaml").write_text(SOUP)
-    folder_of_run = RunFolder(create_experiment(folder / "runs", load_plans("soup.yaml")[0]) / "seed_0")
-    network = ProgressiveNetwork((4,), 2, "mlp")
-    store = ColumnStore(folder_of_run.columns)
-    for index, task in enumerate(["plain", "flipped"]):
-        network.add_column()
-        network.freeze()
-        store.save_column(network, index, task=task, env="rllib_pnn/CartPoleSoup-v0", env_config={"variant": task})
-    return folder_of_run.path.relative_to(folder)
 
 
 ARGUMENTS = {

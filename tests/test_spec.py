@@ -106,7 +106,7 @@ def test_sections_are_flattened(tmp_path: Path) -> None:
 
 def test_older_files(tmp_path: Path) -> None:
     plan = plan_of(
-        "a: {run: PPO, checkpoint_freq: 5, keep_checkpoints_num: 2, stop: {episode_reward_mean: 150}, config: {env: E}}",
+        "a: {run: PPO, checkpoint_freq: 5, keep_checkpoints_num: 2, config: {env: E}}",
         tmp_path,
     )
     (experiment,) = plan.runs.values()

@@ -218,7 +218,9 @@ def check_env(plan: Plan, experiment: Experiment) -> None:
         else:
             env = gym.make(name, **env_config)
     except (gym.error.UnregisteredEnv, gym.error.NameNotFound, ModuleNotFoundError) as error:
-        raise plan.error(("env",), one_line(error).split(" Did you mean")[0].rstrip(".") + did_you_mean(name, gym.registry)) from None
+        raise plan.error(
+            ("env",), one_line(error).split(" Did you mean")[0].rstrip(".") + did_you_mean(name, gym.registry)
+        ) from None
     except Exception as error:  # whatever an environment's constructor may raise
         raise plan.error(("config", "env_config"), f"{name} can't be made: {one_line(error)}") from None
     env.close()
@@ -235,7 +237,7 @@ def _parameters(config: AlgorithmConfig) -> dict[str, _Parameter]:
             method = cls.__dict__.get(section)
             if method is None:
                 continue
-            for name, parameter in inspect.signature(method).parameters.items():
+            for name, parameter in _signature(method).parameters.items():
                 if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or name == "self":
                     continue
                 # `-1` is DEPRECATED_VALUE; a real parameter that is annotated may have it as its default.
@@ -244,6 +246,14 @@ def _parameters(config: AlgorithmConfig) -> dict[str, _Parameter]:
                     found.setdefault(name, _Parameter(section, parameter.annotation))
     found.pop("env", None)
     return found
+
+
+def _signature(method: Callable[..., Any]) -> inspect.Signature:
+    """A method's signature, its annotations as types where they can be resolved."""
+    try:
+        return inspect.signature(method, eval_str=True)
+    except (NameError, TypeError):
+        return inspect.signature(method)
 
 
 def _checked(plan: Plan, where: KeyPath, value: Any, parameter: _Parameter) -> Any:
@@ -291,6 +301,8 @@ def _alternatives(annotation: Any) -> list[Any]:
 def _holds_code(annotation: Any) -> bool:
     """Whether a parameter takes nothing but classes, functions and objects."""
     kinds = [typing.get_origin(a) or a for a in _alternatives(annotation)]
+    if isinstance(annotation, str):
+        return False  # a name that only its module knows
     plain = {bool, int, float, str, list, dict, tuple, typing.Any, inspect.Parameter.empty}
     return not any(
         kind in plain or (getattr(kind, "__module__", "") == "collections.abc" and kind is not Callable)

@@ -36,7 +36,7 @@ from ray.tune.utils import flatten_dict
 from ray.tune.utils.util import SafeFallbackEncoder
 from rich.console import Console
 
-from rllib_pnn.experiment.algorithm import Cluster, build_config, check_env
+from rllib_pnn.experiment.algorithm import Cluster, build_config, check_env, one_line
 from rllib_pnn.experiment.errors import InputError, RunFailed
 from rllib_pnn.experiment.folder import (
     CheckpointRecord,
@@ -55,6 +55,8 @@ from rllib_pnn.registration import register
 from rllib_pnn.training.progressive import make_progressive
 
 CHECKPOINT_EVERY_S = 60.0
+# Ray gives its own processes 30 seconds to start, too few on a machine that is busy.
+START_ATTEMPTS = 3
 # A run whose process dies goes on from its last checkpoint, this many times; one that dies before its first
 # checkpoint would only die again.
 MAX_RESTARTS = 3
@@ -153,15 +155,21 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
         with _quiet(verbose):
             yield
         return
-    level = "INFO" if verbose else "CRITICAL"
-    try:
-        ray.init(
-            address=address, include_dashboard=None if address else False, log_to_driver=verbose, logging_level=level
-        )
-    except Exception as error:  # Ray raises bare ones too
-        if address is None:
-            raise RunFailed(f"Ray does not start: {' '.join(str(error).split())[:300]}") from error
-        raise InputError(f"--ray-address {address}: {' '.join(str(error).split())[:300]}") from None
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=None if address else False,
+                log_to_driver=verbose,
+                logging_level="INFO" if verbose else "CRITICAL",
+            )
+            break
+        except Exception as error:  # Ray raises bare ones too
+            ray.shutdown()
+            if address is not None:
+                raise InputError(f"--ray-address {address}: {one_line(error)}") from None
+            if attempt + 1 == START_ATTEMPTS:
+                raise RunFailed(f"Ray does not start: {one_line(error)}") from error
     try:
         register()
         with _quiet(verbose):

@@ -1,0 +1,159 @@
+"""The `rllib` command: what it prints, its exit codes, and that it works from an installed wheel."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stored_columns import SOUP, soup_run
+
+from rllib_pnn import cli
+from rllib_pnn.experiment import run as run_module
+from rllib_pnn.experiment.errors import RunFailed
+from rllib_pnn.experiment.folder import RunFolder
+from rllib_pnn.experiment.run import Outcome
+from rllib_pnn.experiment.spec import Plan
+from rllib_pnn.network import ColumnStore
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def rllib(capsys: pytest.CaptureFixture[str]):
+    """Runs the command; returns its exit code, standard output and standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = cli.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_help(rllib) -> None:
+    code, out, _ = rllib("--help")
+    assert code == 0
+    for command in ("train", "evaluate", "columns", "example"):
+        assert re.search(rf"^\s*{command}\s", out, re.M), command
+
+
+@pytest.mark.parametrize(
+    "arguments", [("-f", "soup.yaml"), ("--file", "soup.yaml"), ("file", "soup.yaml"), ("soup.yaml",)]
+)
+def test_ways_to_name_a_file(arguments: tuple[str, ...], rllib, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "soup.yaml").write_text(SOUP)
+    asked: dict[str, Any] = {}
+
+    def train(plans: list[Plan], **keywords: Any) -> Iterator[Outcome]:
+        asked.update(keywords, plans=plans)
+        return iter(())
+
+    monkeypatch.setattr(run_module, "train", train)
+    assert rllib("train", *arguments, "--storage", "x", "--ray-address", "auto")[0] == 0
+    assert [plan.name for plan in asked["plans"]] == ["soup"]
+    assert (asked["storage"], asked["ray_address"], asked["verbose"]) == (Path("x"), "auto", False)
+
+
+@pytest.mark.parametrize(
+    ("status", "stopped_by", "code", "last_line"),
+    [
+        ("finished", None, 0, r"Next:  rllib evaluate runs/soup_.*/seed_0"),
+        ("failed", None, 1, r"Once that is mended:  rllib train --resume runs/soup_.*/seed_0"),
+        ("stopped", signal.SIGINT, 130, r"Stopped. Go on with:  rllib train --resume runs/soup_.*/seed_0"),
+    ],
+)
+def test_outcomes(
+    status: Any, stopped_by: int | None, code: int, last_line: str, rllib, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = RunFolder(soup_run(folder))
+    stored.set_status(status)
+    monkeypatch.setattr(run_module, "train", lambda *_, **__: iter([Outcome(stored.path.parent, [stored], stopped_by)]))
+    found, out, err = rllib("train", "-f", "soup.yaml")
+    assert found == code
+    assert re.fullmatch(last_line, out.splitlines()[-1])
+    assert re.search(r"seed_0 +flipped +1 +- +- +[0-9a-f]{12}", out)
+    assert ("error.txt" in err) == (status == "failed")
+
+
+def test_a_run_that_can_not_start(rllib, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: Any, **__: Any) -> Iterator[Outcome]:
+        raise RunFailed("Ray does not start: no ports left")
+
+    monkeypatch.setattr(run_module, "train", train)
+    (folder / "soup.yaml").write_text(SOUP)
+    assert rllib("train", "-f", "soup.yaml") == (1, "", "rllib: error: Ray does not start: no ports left\n")
+
+
+@pytest.mark.parametrize("part", ["", "seed_0", "seed_0/columns"])
+def test_columns(part: str, rllib, folder: Path) -> None:
+    stored = soup_run(folder)
+    code, out, _ = rllib("columns", stored.parent / part)
+    assert code == 0 and "2 columns, fingerprints verified" in out
+    for index, entry in enumerate(ColumnStore(stored / "columns").entries):
+        row = rf"^ +{index} +{entry.task} .*rllib_pnn/CartPoleSoup-v0 variant={entry.task} +{entry.fingerprint[:12]}"
+        assert re.search(row, out, re.M)
+
+
+def _returns(out: str) -> dict[str, tuple[str, float]]:
+    """Column and return of every task in the table of `rllib evaluate`."""
+    rows = [line.split() for line in out.splitlines()[1:]]
+    return {row[0]: (row[1], float(row[3])) for row in rows}
+
+
+def test_evaluate_every_column_on_its_own_task(rllib, folder: Path) -> None:
+    stored = soup_run(folder)
+    code, out, _ = rllib("evaluate", stored, "--episodes", 3)
+    assert code == 0
+    assert {task: column for task, (column, _) in _returns(out).items()} == {"plain": "0", "flipped": "1"}
+    assert all(8 <= value <= 200 for _, value in _returns(out).values())  # untrained, but not nothing
+    assert rllib("evaluate", stored.parent, "--episodes", 3)[1] == out
+    assert rllib("evaluate", stored, "--episodes", 3, "--seed", 1)[1] != out
+
+
+def test_evaluate_any_column_on_any_task(rllib, folder: Path) -> None:
+    stored = soup_run(folder)
+    _, out, _ = rllib("evaluate", stored, "--task", "flipped", "--column", 0, "--episodes", 2)
+    assert {task: column for task, (column, _) in _returns(out).items()} == {"flipped": "0"}
+    _, out, _ = rllib("evaluate", stored, "--column", -1, "--episodes", 2, "--deterministic")
+    assert {task: column for task, (column, _) in _returns(out).items()} == {"plain": "1", "flipped": "1"}
+
+
+def test_examples(rllib) -> None:
+    code, out, _ = rllib("example", "list")
+    assert code == 0
+    for path in (CHECKOUT / "tuned_examples").glob("*.yaml"):
+        assert re.search(rf"^{path.stem} +\w", out, re.M)
+        assert rllib("example", "show", path.stem) == (0, path.read_text(), "")
+
+
+def test_installed_wheel(folder: Path) -> None:
+    """The package brings its examples along, every part of itself, and nothing else."""
+    source = folder / "source"
+    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "docs", "build", "*.egg-info")
+    shutil.copytree(CHECKOUT, source, ignore=ignored)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        archive.extractall(folder / "installed")
+    expected = {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "rllib_pnn").rglob("*.py")}
+    expected |= {f"rllib_pnn/tuned_examples/{path.name}" for path in (CHECKOUT / "tuned_examples").glob("*.yaml")}
+    assert {name for name in names if name.endswith((".py", ".yaml"))} == expected
+    program = "import sys; sys.path.insert(0, 'installed'); from rllib_pnn import cli; print(cli.__file__); cli.main()"
+    arguments = ["example", "show", "cartpole_soup"]
+    shown = subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True, text=True)
+    first, _, rest = shown.stdout.partition("\n")
+    assert first.startswith(str(folder / "installed"))
+    assert rest == (CHECKOUT / "tuned_examples" / "cartpole_soup.yaml").read_text()
