@@ -1,11 +1,11 @@
 """What each further column costs: time of inference and update at K = 1, 2, 4, 8 beside the arithmetic they need.
 
-How to run: `python benchmarks/growth.py [--rounds 30] [--output growth.json]`. One thread; all cases take turns in every
+How to run: `python benchmarks/growth.py [--rounds 30] [--output growth.json]`. One thread; all cases take turns in each
 round, so that a busy machine disturbs all alike. Reported are the fastest round (what the code costs) and the median.
 
 | column of the table | what is timed, microseconds an observation |
 |---|---|
-| `inference` | an EnvRunner's step: earlier columns' activations and the newest column's outputs, batch 16, no gradient |
+| `inference` | an EnvRunner's step: the frozen columns' activations and the newest column's outputs, batch 16 |
 | `sources` | the part of `inference` that earlier columns take: what an EnvRunner pays and may pass on |
 | `own` | the newest column alone, its sources given |
 | `update` | forward, backward with sources given, batch 320, without the optimizer's step |
@@ -121,7 +121,7 @@ def main() -> None:
     base = arguments.columns[0]
     print(f"{arguments.spec}, torch {torch.__version__}, one thread, {arguments.rounds} rounds; us an observation")
     print(
-        f"{'case':<10}{'K':>3}{'best':>9}{'median':>9}{'x K=' + str(base):>9}{'kFLOP':>9}{'x K=' + str(base):>9}{'GFLOP/s':>9}"
+        f"{'case':<10}{'K':>3}{'best':>9}{'median':>9}{'x K=' + str(base):>9}{'kFLOP':>9}{'x K=' + str(base):>9}{'GFLOP/s':>9}"  # noqa: E501
     )
     for (name, k), rounds in sorted(times.items(), key=lambda item: list(cases).index(item[0])):
         best, first = min(rounds), min(times[name, base])
