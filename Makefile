@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: venv train test lint format learn bench clean
+.PHONY: venv train test lint format learn clean
 
 venv: $(READY)
 

@@ -49,8 +49,8 @@ class ProgressiveCallback(RLlibCallback):
     Adds to every result of `algo.train()`:
 
     - `progressive/`: `task`, `task_index`, `num_tasks`, `column`, `task_env_steps`, `episode_return_mean` (of the
-      last `metrics_num_episodes_for_smoothing` episodes of this task, NaN before the first), `num_episodes` (ended in
-      this iteration), `task_over`, `finished`;
+      last `metrics_num_episodes_for_smoothing` episodes of this task, NaN before the first), `num_episodes` and
+      `episode_return_sum` (of those that ended in this iteration), `task_over`, `finished`;
     - `columns/<task>/`: `episode_return_mean` as played last, `frozen_episode_return_mean` as played at freezing,
       `forgetting` (their difference), `bit_equal` (1 if every policy output was the same), NaN before freezing.
     """
@@ -119,7 +119,8 @@ class ProgressiveCallback(RLlibCallback):
         total_steps = int(result.get(NUM_ENV_STEPS_SAMPLED_LIFETIME) or 0)
         steps = total_steps - progress["task_start_env_steps"]
         ended = (runners.pop(TASK_RETURNS, None) or {}).get(str(progress["task_index"]), [])
-        self._returns.extend(ended if isinstance(ended, list) else [])
+        ended = ended if isinstance(ended, list) else []
+        self._returns.extend(ended)
         mean = sum(self._returns) / len(self._returns) if self._returns else math.nan
         over = not progress["finished"] and task.is_over(
             mean if len(self._returns) >= min(MIN_EPISODES, self._returns.maxlen or 1) else math.nan, steps
@@ -141,7 +142,8 @@ class ProgressiveCallback(RLlibCallback):
             "column": column,
             "task_env_steps": steps,
             "episode_return_mean": mean,
-            "num_episodes": len(ended) if isinstance(ended, list) else 0,
+            "num_episodes": len(ended),
+            "episode_return_sum": float(sum(ended)),
             "task_over": over,
             "finished": progress["finished"],
         }
