@@ -101,7 +101,7 @@ class ProgressiveCallback(RLlibCallback):
         **kwargs: Any,
     ) -> None:
         # On an EnvRunner. RLlib's own windows mix tasks and are empty in iterations in which no episode ended.
-        infos = episode.get_infos(-1) or {}
+        infos = (episode.get_infos(-1) or {}) if len(episode.infos) else {}  # A3C's hold returns alone
         # Environments that clip rewards for learning report the unclipped return in their last info.
         episode_return = infos.get("episode_score")
         if episode_return is None:
