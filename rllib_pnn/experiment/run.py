@@ -155,6 +155,11 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
         with _quiet(verbose):
             yield
         return
+    if address is not None and address.startswith("ray://"):
+        raise InputError(
+            f"--ray-address {address}: the Ray client protocol would run Tune elsewhere, away from this terminal; "
+            "start the command on a node of the cluster, with 'auto' or HOST:PORT"
+        )
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(
