@@ -57,13 +57,15 @@ def train(
         list[str] | None, typer.Argument(metavar="[file FILE]", help="The same as -f FILE.", show_default=False)
     ] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", metavar="FILE", help="A tuned example.")] = None,
-    storage: Annotated[Path, typer.Option(metavar="DIR", help="Where the run folders go.")] = Path("runs"),
+    storage: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the run folders go; all nodes of a cluster must see it.")
+    ] = Path("runs"),
     resume: Annotated[
         Path | None,
         typer.Option(metavar="RUN", help="Go on with a run, or all runs of an experiment, from the last checkpoint."),
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Join a Ray cluster ('auto', '10.0.0.1:6379', 'ray://...').")
+        str | None, typer.Option(metavar="ADDRESS", help="Join the Ray cluster of this node ('auto' or HOST:PORT).")
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Ray's and Tune's own output too.")] = False,
 ) -> None:

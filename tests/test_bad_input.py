@@ -281,6 +281,7 @@ ARGUMENTS = {
     "a run that is none": (["train", "--resume", "."], ["experiment.json", "run folder"]),
     "no such example": (["example", "show", "pong_sop"], ["pong_sop", "did you mean 'pong_soup'?"]),
     "no such cluster": (["train", "-f", "soup.yaml", "--ray-address", "nowhere:1"], ["--ray-address nowhere:1"]),
+    "a Ray client's address": (["train", "-f", "soup.yaml", "--ray-address", "ray://x:1"], ["ray://x:1", "HOST:PORT"]),
     "no such task": (
         ["evaluate", "RUN", "--task", "flip"],
         ["--task flip", "plain, flipped", "did you mean 'flipped'?"],

@@ -301,6 +301,31 @@ def test_a_finished_run_is_left_alone(soup: dict) -> None:
     assert (soup["run"].path / "state.json").stat().st_mtime_ns == before
 
 
+def test_a_run_whose_process_dies_is_restarted(cluster: None, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        # Past the last checkpoint, so that there is something to take back.
+        while not killed:
+            time.sleep(0.02)
+            run = RunFolder(next(iter(tmp_path.glob("runs/*/seed_0")), tmp_path))
+            result = run.last_result()
+            if run.checkpoints and result.get("training_iteration", 0) > run.checkpoints[-1].training_iteration:
+                killed.append(result["pid"])
+                os.kill(result["pid"], signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    output = io.StringIO()
+    plan = plan_of(SOUP.replace("num_env_steps: 20000", "num_env_steps: 1000"), tmp_path)
+    (outcome,) = train([plan], storage=tmp_path / "runs", console=Console(file=output, width=200))
+    assert killed and outcome.runs[0].state.status == "finished"
+    assert "starting it again from its last checkpoint" in output.getvalue()
+    rows = _rows(outcome.runs[0].path)
+    assert [int(row["training_iteration"]) for row in rows] == list(range(1, len(rows) + 1))
+    assert killed[0] not in {int(row["pid"]) for row in rows[-2:]}
+    ColumnStore(outcome.runs[0].columns).verify()
+
+
 def test_stop_and_failure(cluster: None, tmp_path: Path) -> None:
     """Two ordinary experiments in a file: one ends at its `stop`, the next one fails."""
     (tmp_path / "file.yaml").write_text(

@@ -55,8 +55,6 @@ from rllib_pnn.registration import register
 from rllib_pnn.training.progressive import make_progressive
 
 CHECKPOINT_EVERY_S = 60.0
-# Ray gives its own processes 30 seconds to start, too few on a machine that is busy.
-START_ATTEMPTS = 3
 # A run whose process dies goes on from its last checkpoint, this many times; one that dies before its first
 # checkpoint would only die again.
 MAX_RESTARTS = 3
@@ -155,21 +153,22 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
         with _quiet(verbose):
             yield
         return
-    for attempt in range(START_ATTEMPTS):
-        try:
-            ray.init(
-                address=address,
-                include_dashboard=None if address else False,
-                log_to_driver=verbose,
-                logging_level="INFO" if verbose else "CRITICAL",
-            )
-            break
-        except Exception as error:  # Ray raises bare ones too
-            ray.shutdown()
-            if address is not None:
-                raise InputError(f"--ray-address {address}: {one_line(error)}") from None
-            if attempt + 1 == START_ATTEMPTS:
-                raise RunFailed(f"Ray does not start: {one_line(error)}") from error
+    if address is not None and address.startswith("ray://"):
+        raise InputError(
+            f"--ray-address {address}: the Ray client protocol would run Tune elsewhere, away from this terminal; "
+            "start the command on a node of the cluster, with 'auto' or HOST:PORT"
+        )
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=None if address else False,
+            log_to_driver=verbose,
+            logging_level="INFO" if verbose else "CRITICAL",
+        )
+    except Exception as error:  # Ray raises bare ones too
+        if address is None:
+            raise RunFailed(f"Ray does not start: {one_line(error)}") from error
+        raise InputError(f"--ray-address {address}: {one_line(error)}") from None
     try:
         register()
         with _quiet(verbose):
