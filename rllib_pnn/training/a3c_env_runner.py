@@ -154,9 +154,8 @@ class Rollout:
     last_state: Any
     features: dict[str, Tensor]  # (T, N, ...), the module's `frozen_features`
     last_features: dict[str, Tensor]  # of last_obs, as the module gave them
-    final: list[
-        tuple[int, int, Tensor, Any]
-    ]  # (t, n, obs, state) of truncations whose state the env replaced (SAME_STEP)
+    # SAME_STEP: (t, n, obs, state) of truncations, whose last observation the env has replaced.
+    final: list[tuple[int, int, Tensor, Any]]
 
 
 class EpisodeSummary(SingleAgentEpisode):
