@@ -296,11 +296,11 @@ def test_threads_of_a_learner_that_shares_the_machine(monkeypatch):
     def threads(config, num_env_runners, **learners):
         return spare_threads(config.env_runners(num_env_runners=num_env_runners).learners(**learners))
 
-    assert [threads(IMPALAConfig(), n) for n in (0, 3, 8, 20)] == [8, 5, 1, 1]
+    assert [threads(IMPALAConfig(), n, num_learners=0) for n in (0, 3, 8, 20)] == [8, 5, 1, 1]
     assert threads(IMPALAConfig(), 3, num_learners=1) is None
     assert threads(PPOConfig(), 3) is None
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert threads(IMPALAConfig(), 3) is None
+    assert threads(IMPALAConfig(), 3, num_learners=0) is None
 
 
 def test_settings_are_read_when_the_learner_is_built():

@@ -50,10 +50,12 @@ def config(algorithm="PPO", *, num_env_runners=0, num_learners=0):
     made.debugging(seed=7)
     if algorithm == "PPO":
         made.training(train_batch_size_per_learner=80 // max(1, num_learners), minibatch_size=40, num_epochs=2)
-    elif algorithm != "A3C":
+    elif algorithm == "A3C":
+        made.training(gradients_per_training_step=1)
+    else:
         made.training(train_batch_size_per_learner=40)
     made.training(lr=1e-3)
-    made.reporting(min_time_s_per_iteration=0 if algorithm == "PPO" else 0.2)
+    made.reporting(min_time_s_per_iteration=0.2 if algorithm in ("APPO", "IMPALA") else 0)
     return made
 
 

@@ -125,7 +125,7 @@ def test_asynchronous_algorithms_train_only_the_new_column(config_class: type, s
     algorithm = config.build_algo()
     policy = algorithm.get_policy()
     before = copies(policy.model.network, 2)
-    policy.learn_on_batch(algorithm.env_runner.sample())
+    policy.learn_on_batch(algorithm.env_runner.sample()["default_policy"])
     assert moved(before, copies(policy.model.network, 2))
     if config_class is APPOConfig:
         policy.update_target()
@@ -137,11 +137,13 @@ def test_asynchronous_algorithms_train_only_the_new_column(config_class: type, s
 
 
 def test_checkpoint_restores_and_a_store_that_grew_is_named(tmp_path: Path, store: ColumnStore):
+    tmp_path = tmp_path / "checkpoint"
+    tmp_path.mkdir()
     algorithm = ppo(columns_from=str(store.path), num_columns=1).build_algo()
     algorithm.train()
     model = algorithm.get_policy().model
-    algorithm.save_to_path(tmp_path / "checkpoint")
-    restored = Algorithm.from_checkpoint(str(tmp_path / "checkpoint"))
+    algorithm.save_checkpoint(str(tmp_path))
+    restored = Algorithm.from_checkpoint(str(tmp_path))
     again = restored.get_policy().model
     assert not moved(copies(model.network, 1), copies(again.network, 1))
     assert again.network.fingerprints() == model.network.fingerprints() == [store.entries[0].fingerprint, None]
@@ -171,6 +173,7 @@ class Bricks(gym.Env):
 
 
 IMAGE = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+SHORT = {"rollout_fragment_length": 20, "train_batch_size": 20, "minibatch_size": 20}
 CONVOLUTION = [{"conv": {"channels": 4, "kernel": 8, "stride": 8}}, {"dense": 8}]
 
 
@@ -195,8 +198,7 @@ CONVOLUTION = [{"conv": {"channels": 4, "kernel": 8, "stride": 8}}, {"dense": 8}
 )
 def test_trains_on_what_the_old_stack_preprocesses(space, column, shape, scale, more):
     config = ppo(Bricks, column=column).environment(env_config={"space": space})
-    config.env_runners(rollout_fragment_length=20).training(train_batch_size=20, minibatch_size=20)
-    config.update_from_dict(more)
+    config.update_from_dict(SHORT | more)
     algorithm = config.build_algo()
     network = algorithm.get_policy().model.network
     assert (network.given_observation_shape, network.input_scale) == (shape, scale)
@@ -212,7 +214,7 @@ def test_trains_on_what_the_old_stack_preprocesses(space, column, shape, scale, 
 )
 def test_trains_on_other_action_spaces(actions: gym.Space, num_outputs: int):
     config = ppo(Bricks).environment(env_config={"space": VECTOR, "actions": actions})
-    algorithm = config.env_runners(rollout_fragment_length=20).training(train_batch_size=20).build_algo()
+    algorithm = config.update_from_dict(SHORT).build_algo()
     assert algorithm.get_policy().model.network.num_outputs == num_outputs
     algorithm.train()
     algorithm.stop()
@@ -231,7 +233,6 @@ def test_forward_is_the_plain_network(store: ColumnStore):
     logits, state = model({"obs": obs})
     assert torch.equal(logits, plain(obs).logits) and state == []
     assert torch.equal(model.value_function(), plain(obs).value)
-    assert torch.equal(logits[:, 0], model({"obs": obs.numpy().astype(np.float32)} | {"obs": obs})[0][:, 0])
 
 
 def test_recurrent_columns_follow_sequences():

@@ -28,6 +28,9 @@ from rllib_pnn.experiment.spec import Plan, load_plans
 from rllib_pnn.network import ColumnStore
 from rllib_pnn.registration import register
 
+# A process that was started in the background without a terminal ignores Ctrl-C, and the command respects that.
+STOP = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
+
 SOUP = """\
 soup:
   run: PPO
@@ -244,7 +247,7 @@ def soup(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
     def interrupt() -> None:
         while not list(folder.glob("runs/*/seed_0/columns/manifest.json")):
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), STOP)
 
     threading.Thread(target=interrupt, daemon=True).start()
     output = io.StringIO()
@@ -263,7 +266,7 @@ def soup(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
 
 def test_ctrl_c_takes_a_checkpoint(soup: dict) -> None:
     stopped = soup["stopped"]
-    assert stopped["signal"] == signal.SIGINT
+    assert stopped["signal"] == STOP
     assert stopped["state"].status == "stopped"
     assert stopped["state"].checkpoints[-1].training_iteration == stopped["iterations"]
     assert len(stopped["columns"]) == 1

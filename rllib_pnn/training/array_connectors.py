@@ -249,7 +249,7 @@ class ArrayGeneralAdvantageEstimation(GeneralAdvantageEstimation):
                 return super().__call__(
                     rl_module=rl_module, episodes=episodes, batch=batch, shared_data=shared_data, **kwargs
                 )
-        module, module_batch = rl_module[DEFAULT_MODULE_ID], batch[DEFAULT_MODULE_ID]
+        module, module_batch = rl_module[DEFAULT_MODULE_ID].unwrapped(), batch[DEFAULT_MODULE_ID]
         if not isinstance(module, ValueFunctionAPI):
             return batch
         values = _in_chunks(lambda chunk: {"values": module.compute_values(chunk)}, module_batch)["values"]

@@ -166,7 +166,7 @@ class ProgressiveTorchModelV2(TorchModelV2, nn.Module):
             logits, self._value, _ = self.network(obs)
             return logits, []
         obs = add_time_dimension(obs, seq_lens=seq_lens, framework="torch")
-        output = self.network(obs, state=dict(zip(("h", "c"), state, strict=True)))
+        output = self.network(obs, state=dict(zip(("h", "c"), state, strict=True)) if state else None)
         self._value = output.value.flatten()
         return output.logits.flatten(0, 1), [output.state["h"], output.state["c"]]
 
@@ -298,7 +298,7 @@ def _observation_shape(space: gym.Space) -> tuple[int, ...]:
         ) from None
 
 
-def _input_scale(space: Any) -> float | None:
+def _input_scale(space: gym.spaces.Box) -> float | None:
     # Some of RLlib's preprocessors give images that are scaled already; None is the network's default (bytes / 255).
     return 1.0 if np.max(space.high) <= 1 else None
 
