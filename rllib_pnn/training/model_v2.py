@@ -298,7 +298,7 @@ def _observation_shape(space: gym.Space) -> tuple[int, ...]:
         ) from None
 
 
-def _input_scale(space: gym.spaces.Box) -> float | None:
+def _input_scale(space: Any) -> float | None:
     # Some of RLlib's preprocessors give images that are scaled already; None is the network's default (bytes / 255).
     return 1.0 if np.max(space.high) <= 1 else None
 
