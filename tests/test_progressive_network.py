@@ -89,6 +89,13 @@ def check_against_paper(network: ProgressiveNetwork, batch: int = 3, samples: in
     specs = paper_specs(network)
     for k in range(network.num_columns):
         collected, (logits, value, _) = network.activations(obs, k)
+        # The same by the other ways: learning, asking, with sources from elsewhere.
+        others = [network(obs, k), network(obs, k, sources=network.sources(obs, k)[0])]
+        with torch.no_grad():
+            others += [network(obs, k), network.forward_with_sources(obs, k)[0]]
+        for other in others:
+            torch.testing.assert_close(other.logits, logits)
+            torch.testing.assert_close(other.value, value)
         for b in list(range(batch))[:: max(1, batch // samples)]:
             x = obs[b].double().numpy() * network.input_scale
             h, expected, expected_value = paper_network.network_step(parameters, specs, x, k, [{} for _ in specs])
@@ -371,8 +378,10 @@ def test_outputs_and_sources_in_one_pass_are_bit_equal(kind: str) -> None:
 
 
 def test_a_frozen_column_computes_the_same_bits_with_and_without_gradients() -> None:
-    network = make(3, *SPECS["dense on convolutions"])
-    obs = observations(network, 5)
+    network = ProgressiveNetwork((4, 84, 84), 4, "atari")
+    for _ in range(3):
+        network.add_column()
+    obs = observations(network, 20)
     with torch.no_grad():
         before = network(obs)
     network.freeze()

@@ -499,6 +499,18 @@ def test_numbers_that_are_none_are_refused(folder: Path, key: str, number: str) 
     refused(folder)
 
 
+def test_numbers_that_are_none_are_refused_where_anything_goes(folder: Path) -> None:
+    edit(folder, lambda m: m["columns"][0].update(env_config={"noise": float("nan")}))
+    refused(folder, "NaN is not JSON")
+
+
+def test_a_key_that_occurs_twice_is_refused(folder: Path) -> None:
+    path = folder / "manifest.json"
+    text = path.read_text()
+    path.write_text(text.replace('"task":', '"task": "another", "task":', 1))
+    refused(folder, "a key occurs twice")
+
+
 @pytest.mark.parametrize(
     "text",
     [
