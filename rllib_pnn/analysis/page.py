@@ -158,10 +158,12 @@ section 3).</p>
 <summary>{{ num_curves }} learning curve{{ '' if num_curves == 1 else 's' }}</summary>
 <div class="wide"><table>
 <tr><th>run</th><th class="text">task</th><th class="text">method</th><th class="text">source</th>
-<th class="text">algorithm</th><th>seed</th><th>steps</th><th>last return</th><th class="text">state</th></tr>
+<th class="text">algorithm</th><th>seed</th>{% if searched %}<th class="text">drawn</th>{% endif %}
+<th>steps</th><th>last return</th><th class="text">state</th></tr>
 {% for row in run_rows %}
 <tr><td class="path">{{ row.run }}</td><td class="text">{{ row.task }}</td><td class="text">{{ row.method }}</td>
 <td class="text">{{ row.source }}</td><td class="text">{{ row.algorithm }}</td><td>{{ row.seed }}</td>
+{% if searched %}<td class="text">{{ row.searched }}</td>{% endif %}
 <td>{{ row.steps }}</td><td>{{ row.last }}</td><td class="text">{{ row.state }}</td></tr>
 {% endfor %}
 </table></div></details>
