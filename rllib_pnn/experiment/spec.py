@@ -492,8 +492,8 @@ def _transfer_runs(
     first_seed = _first_seed(source, name, raw["config"].get("seed", 0), num_samples)
 
     plain = copy.deepcopy(raw)
-    for where, values in searches:
-        _replace(plain, where, values[0])
+    for where, choices in searches:
+        _replace(plain, where, choices[0])
     base = _validate(source, (name,), plain, sections)
     assert base.progressive is not None
     tasks = {task.name: task for task in base.progressive.tasks}
@@ -511,9 +511,9 @@ def _transfer_runs(
         for sample in range(num_samples if trial.role == "target" or transfer.sources_per_seed else 1):
             # Job i has the same seed and the same draw in every cell, so that cells differ in their method alone.
             generator = random.Random(f"{name}/{first_seed}/{sample}")
-            drawn = [(where, _draw("choice", values, generator)) for where, values in searches]
+            drawn = [(where, _draw("choice", choices, generator)) for where, choices in searches]
             if trial.role == "source" and not transfer.sources_per_seed:
-                drawn = [(where, values[0]) for where, values in searches]  # what serves all jobs is not drawn
+                drawn = [(where, choices[0]) for where, choices in searches]  # what serves all jobs is not drawn
             values = copy.deepcopy(raw)
             for where, value in drawn:
                 _replace(values, where, value)
