@@ -1,5 +1,6 @@
 """Which column plays, if nobody says which task it is."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -207,3 +208,31 @@ def test_recognising_changes_no_ordinary_evaluation() -> None:
 def test_tasks_that_are_taken_for_each_other_are_named() -> None:
     confusion = {("a", "a"): 10, ("b", "b"): 4, ("b", "c"): 6, ("c", "b"): 5, ("c", "c"): 5, ("a", "b"): 1}
     assert confused_pairs(confusion, ["a", "b", "c"]) == [("b", "c")]
+
+
+class ClippingEnv(gym.vector.VectorEnv):
+    """Two episodes of 3 and 5 steps, rewards clipped to 1; the last info tells the unclipped score."""
+
+    num_envs = 2
+    single_observation_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
+    single_action_space = gym.spaces.Discrete(2)
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        self.step_count = 0
+        return np.zeros((2, 4), np.float32), {}
+
+    def step(self, actions: np.ndarray) -> tuple:
+        self.step_count += 1
+        ended = self.step_count == np.array([3, 5])
+        infos = {"episode_score": np.array([70.0, 900.0]), "_episode_score": ended} if ended.any() else {}
+        return np.zeros((2, 4), np.float32), np.ones(2), ended, np.zeros(2, bool), infos
+
+
+def test_returns_are_unclipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "make_vector_env", lambda *_: ClippingEnv())
+    network = ProgressiveNetwork((4,), 2, [{"dense": 8}])
+    network.add_column()
+    network.freeze()
+    played = evaluate_column(network, "any", {}, column=0, num_episodes=2)
+    assert played.returns == (70.0, 900.0) and played.lengths == (3, 5)

@@ -23,6 +23,7 @@ from rllib_pnn.experiment.run import _ray as connected
 from rllib_pnn.experiment.run import resume, train
 from rllib_pnn.experiment.spec import Plan, load_plans
 from rllib_pnn.network import ColumnStore
+from rllib_pnn.training.recognition import Statistics
 
 # A process that was started in the background without a terminal ignores Ctrl-C, and the command respects that.
 STOP = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
@@ -152,6 +153,8 @@ def test_a_source_has_one_fingerprint_throughout(soup: dict) -> None:
         ("columns:plain", True), ("columns:flipped", True), ("scaled", False),
     ]  # fmt: skip
     assert len(columns["scaled_scratch_seed_0"]) == 1
+    for entry in columns[TARGET]:  # noted at freezing, and taken along
+        assert Statistics.from_json(entry.extra["first_observations"]).mean.shape == (4,)
 
 
 def test_what_the_report_makes_of_it(soup: dict) -> None:

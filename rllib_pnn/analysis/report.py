@@ -203,7 +203,12 @@ def _suite(table: TransferTable, pictures: _Pictures) -> dict[str, Any]:
                 f"{table.suite} transfer table",
                 plots.plot_transfer_table(table),
                 "Transfer scores of each method with intervals, beside the paper's",
-                "The table as a picture. Hollow marks: the paper's figures, from other budgets and hyper-parameters.",
+                "The table as a picture."
+                + (
+                    " Hollow marks: the paper's figures, from other budgets and hyper-parameters."
+                    if any(row.paper for row in table.rows)
+                    else ""
+                ),
             ),
         )
         figures.append(
@@ -221,6 +226,7 @@ def _suite(table: TransferTable, pictures: _Pictures) -> dict[str, Any]:
         "top": table.top,
         "confidence": f"{table.confidence:.0%}",
         "single": any(math.isnan(row.mean.low) for row in table.rows),
+        "has_paper": any(row.paper for row in table.rows),
         "floors": [
             {"value": f"{floor.value:g}", "why": floor.why, "targets": ", ".join(targets)}
             for floor, targets in floors.items()
@@ -412,7 +418,7 @@ def _statistic(interval: Interval) -> dict[str, str]:
     known = not math.isnan(interval.low)
     return {
         "value": f"{interval.value:.0f}",
-        "interval": f"[{interval.low:.0f}, {interval.high:.0f}]" if known else DASH,
+        "interval": f"[{interval.low:.0f}, {interval.high:.0f}]" if known else "",
     }
 
 
