@@ -22,7 +22,7 @@ soup:
   run: PPO
   env: rllib_pnn/CartPoleSoup-v0
   num_samples: 2
-  config: {lr: 1e-3, seed: 5}
+  config: {lr: 1e-3, vf_clip_param: .inf, seed: 5}
   progressive:
     column: mlp
     tasks:

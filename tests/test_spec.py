@@ -66,6 +66,8 @@ def test_experiment_json_reads_back(tmp_path: Path) -> None:
         ("-2", -2),
         ("1_000.5", 1000.5),
         (".inf", float("inf")),
+        ("Infinity", float("inf")),  # as Python's JSON has it
+        ("-Infinity", float("-inf")),
     ],
 )
 def test_numbers(written: str, number: float, tmp_path: Path) -> None:

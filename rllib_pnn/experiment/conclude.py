@@ -48,7 +48,10 @@ def conclude(path: Path, runs: Sequence[RunFolder], say: Callable[[str], None]) 
     waiting = list(jobs)
     while waiting:
         (ready, *_), waiting = ray.wait(waiting)
-        error = ray.get(ready)
+        try:
+            error = ray.get(ready)
+        except ray.exceptions.RayError as died:
+            error = str(died).splitlines()[0]
         if error is not None:
             problems.append(f"{jobs[ready].path}: {error}")
         say(f"{jobs[ready].path.name}: {'sensitivity measured' if error is None else error}")
@@ -85,6 +88,6 @@ def _analyze(path: str, methods: tuple[str, ...], episodes: int) -> str | None:
     torch.set_num_threads(1)
     try:
         analyze_run(path, methods, num_episodes=episodes)
-    except ValueError as error:
-        return str(error)
+    except Exception as error:  # a measurement that fails must not hide the report
+        return " ".join(str(error).split())[:400] or type(error).__name__
     return None
