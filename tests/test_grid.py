@@ -73,6 +73,8 @@ def test_every_trial_once_and_behind_the_one_that_it_waits_for() -> None:
 def test_sources_that_serve_nothing_are_not_trained() -> None:
     trials = grid_of([["a"], ["b"], ["a", "b"]], ["a"], ["scratch", "random_column", "finetune_heads"])
     assert [trial.name for trial in trials] == ["source_b", "a_scratch", "a_random_column", "b_to_a_finetune_heads"]
+    trials = grid_of([["b"]], ["a"], ["scratch", "random_column"])
+    assert [trial.name for trial in trials] == ["a_scratch", "a_random_column"]
 
 
 def test_what_the_trials_of_a_file_say(tmp_path: Path) -> None:
