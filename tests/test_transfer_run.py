@@ -100,7 +100,9 @@ def soup(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict:
         patch.setattr(ResultLog, "append", interrupt)
         stopped, stopped_output = once()
     states = {run.path.name: run.state.status for run in stopped.runs}
-    before = {name: (path / name / "result.json").read_bytes() for name in TRIALS if states[name] != "waiting"}
+    before = {
+        name: (path / name / "result.json").read_bytes() for name in TRIALS if (path / name / "result.json").exists()
+    }
     report_at_stop = (path / "report.html").exists()
     second, second_output = once()
     after = {name: (path / name / "result.json").read_bytes() for name in TRIALS}
