@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: venv train test lint format learn clean
+.PHONY: venv train test lint format learn bench clean
 
 venv: $(READY)
 
@@ -31,6 +31,9 @@ format: $(READY)
 
 learn: $(READY)  ## learning tests: minutes each
 	$(BIN)/python -m pytest -m slow
+
+bench: $(READY)  ## side-by-side benchmarks, on a quiet machine; writes docs/performance.md
+	$(BIN)/python benchmarks/bench.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
