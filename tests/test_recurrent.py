@@ -242,6 +242,7 @@ def test_train_batches_start_where_the_acting_states_were(tmp_path, num_columns,
                 np.testing.assert_allclose(states["c"][-1], replayed.state["c"][0], rtol=1e-4, atol=1e-5)
 
             # What the Learner makes of them: sequences, each from the state in which its first step was acted.
+            num_steps = sum(len(e) for e in episodes)
             batch = learner._learner_connector(
                 rl_module=learner.module, batch={}, episodes=episodes, shared_data={}, metrics=learner.metrics
             )["default_policy"]
@@ -252,7 +253,7 @@ def test_train_batches_start_where_the_acting_states_were(tmp_path, num_columns,
             with torch.no_grad():
                 trained = module.forward_train(dict(batch))[Columns.ACTION_DIST_INPUTS]
             mask = batch[Columns.LOSS_MASK].bool()
-            assert int(mask.sum()) == sum(len(e) for e in episodes)
+            assert int(mask.sum()) == num_steps
             torch.testing.assert_close(
                 trained[mask], torch.as_tensor(batch[Columns.ACTION_DIST_INPUTS])[mask], rtol=1e-4, atol=1e-5
             )
@@ -325,7 +326,9 @@ def test_train_switch_train_checkpoint_restore_train(tmp_path, algorithm):
         first = train_until(made, lambda r: r["progressive"]["task_over"])
         assert not np.isnan(first["columns"]["plain"]["frozen_episode_return_mean"])
         train_until(made, lambda r: r["progressive"]["task"] == "flipped" and r["progressive"]["task_env_steps"] > 0)
-        widths = made.env_runner_group.foreach_env_runner(lambda r: r.module.get_initial_state()["h"].shape)
+        widths = made.env_runner_group.foreach_env_runner(
+            lambda r: r.module.get_initial_state()["h"].shape, local_env_runner=False
+        )
         assert set(widths) == {(2 * CELLS,)}
         checkpoint = made.save_to_path(str(tmp_path / "checkpoint"))
     finally:
