@@ -30,7 +30,16 @@ RECURRENT = [{"dense": 8}, {"lstm": CELLS}]
 VARIANTS = ("plain", "flipped", "permuted")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As in every process of a training run; two threads on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
 def cluster():
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
     rllib_pnn.register()
@@ -203,6 +212,7 @@ def randomise(module: ProgressiveRLModule) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
 
 
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("max_seq_len", [None, 3])
 @pytest.mark.parametrize("num_columns", [1, 3])
 def test_train_batches_start_where_the_acting_states_were(tmp_path, num_columns, max_seq_len):
@@ -211,7 +221,7 @@ def test_train_batches_start_where_the_acting_states_were(tmp_path, num_columns,
     config = base_config("PPO", env="wandering", num_env_runners=0, num_envs=3)
     if max_seq_len:
         config.rl_module(model_config={"max_seq_len": max_seq_len})
-    config.env_runners(env_runner_cls=rllib_pnn.ArrayEnvRunner)
+    config.env_runners(env_runner_cls=rllib_pnn.ArrayEnvRunner, rollout_fragment_length="auto")
     tasks = [{"name": str(k)} for k in range(num_columns)]
     made = make_progressive(config, tasks=tasks, column=RECURRENT, column_store=tmp_path, evaluation_episodes=0)
     algorithm = made.build_algo()
@@ -308,7 +318,8 @@ def train_until(algorithm, condition, limit=400):
     raise AssertionError("condition never met")
 
 
-@pytest.mark.parametrize("algorithm", ["A3C", "PPO", "IMPALA", "APPO"])
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("algorithm", ["A3C", "PPO", "IMPALA", pytest.param("APPO", marks=pytest.mark.slow)])
 def test_train_switch_train_checkpoint_restore_train(tmp_path, algorithm):
     steps = [160, 4000, 160]
     tasks = [
@@ -350,6 +361,7 @@ def test_train_switch_train_checkpoint_restore_train(tmp_path, algorithm):
     assert columns.load().initial_state(1)["h"].shape == (1, 3 * CELLS)
 
 
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("algorithm", ["A3C", "PPO"])
 def test_only_the_new_recurrent_column_trains(tmp_path, algorithm):
     """Promise 4 with gradients through time: the frozen columns keep their bits, every part of the new one moves."""
@@ -419,7 +431,7 @@ def recall_config(algorithm: str) -> AlgorithmConfig:
         config.env_runners(rollout_fragment_length=15)
         config.training(gradients_per_training_step=10)
     else:
-        config.env_runners(env_runner_cls=rllib_pnn.ArrayEnvRunner)
+        config.env_runners(env_runner_cls=rllib_pnn.ArrayEnvRunner, rollout_fragment_length="auto")
         config.training(train_batch_size_per_learner=640, minibatch_size=320, num_epochs=4, use_kl_loss=False)
     config.reporting(metrics_num_episodes_for_smoothing=200)
     return config
@@ -444,6 +456,7 @@ def learn(config: AlgorithmConfig, column, tasks, tmp_path, num_iterations: int)
     return best
 
 
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["A3C", "PPO"])
 def test_memory_is_learned_by_lstm_columns_alone(tmp_path, algorithm):
