@@ -59,7 +59,10 @@ def read_curve(path: Path) -> tuple[str, list[tuple[int, float]]]:
 def draw(path: Path) -> None:
     figure, axes = plt.subplots(1, len(PANELS), figsize=(9, 3.4), layout="constrained")
     for axis, (title, curves) in zip(axes, PANELS.items(), strict=True):
+        level = ""
         for name, label in curves.items():
+            if not (FOLDER / f"{name}.csv").exists():
+                continue
             level, points = read_curve(FOLDER / f"{name}.csv")
             axis.plot([x / 1e3 for x, _ in points], [y for _, y in points], label=label, linewidth=1.5)
             items = LEVELS[level].num_good_items
