@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: venv train test lint format learn bench clean
+.PHONY: venv train reproduce-pong-soup test lint format learn bench clean
 
 venv: $(READY)
 
@@ -16,6 +16,10 @@ $(READY): constraints.txt setup.cfg
 
 train: $(READY)  ## the main job: a progressive network learns Pong Soup
 	$(BIN)/rllib train -f tuned_examples/pong_soup.yaml
+
+reproduce-pong-soup: $(READY)  ## Table 1's Pong Soup rows; stop it at any time, the same again goes on
+	$(BIN)/rllib train -f tuned_examples/pong_soup_table.yaml
+	$(BIN)/rllib report runs/pong-soup-table -o runs/pong-soup-table/report.html
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -110,11 +110,13 @@ def plot_transfer_table(table: TransferTable) -> Figure:
                 axis.plot(row.paper[position], y + offset, marker, mfc="white", mec=GREY, mew=1.3, ms=7, zorder=1)
     for name, _, marker, _ in kinds:
         axis.plot([], [], marker, color=INK, ms=7, label=name)
-        axis.plot([], [], marker, mfc="white", mec=GREY, mew=1.3, ms=7, label=f"{name}, Rusu et al. 2016")
+        if any(row.paper for row in table.rows):
+            axis.plot([], [], marker, mfc="white", mec=GREY, mew=1.3, ms=7, label=f"{name}, Rusu et al. 2016")
     axis.axvline(100, color=GREY, lw=1, ls=":")
     axis.set_yticks(range(len(table.rows)), [row.label for row in table.rows])
     axis.invert_yaxis()
-    axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
+    highest = axis.get_xlim()[1]
+    axis.set_xlim(min(0.0, axis.get_xlim()[0]), max(highest, 110.0))
     axis.set_xlabel("transfer score, % of scratch")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     _tidy(axis)

@@ -63,6 +63,12 @@ class TaskRun:
     step_budget: float | None
     """`until.num_env_steps`, None if the task has none."""
     algorithm: str = ""
+    is_source: bool = False
+    """It trained a column that a transfer experiment's trials start from; its score is not asked for."""
+    searched: Mapping[str, Any] = field(default_factory=dict)
+    """Hyper-parameters that were drawn for it."""
+    top: int | None = None
+    """How many jobs of a cell its experiment file wants scored."""
 
     @property
     def last_step(self) -> float:
@@ -175,15 +181,24 @@ def read_run(path: Path | str) -> Run:
 def read_runs(paths: Iterable[Path | str]) -> tuple[list[Run], list[str]]:
     """Reads every run folder at or below `paths`; the second list says in one line each which could not be read.
 
+    Trials of a transfer experiment that wait for their turn are one line together.
+
     Raises:
         RunError: none could be read.
     """
-    runs, problems = [], []
+    runs: list[Run] = []
+    problems: list[str] = []
+    waiting: dict[Path, int] = {}
     for path in find_runs(paths):
+        if _waits(path):
+            waiting[path.parent] = waiting.get(path.parent, 0) + 1
+            continue
         try:
             runs.append(read_run(path))
         except RunError as error:
             problems.append(str(error))
+    for folder, count in waiting.items():
+        problems.append(f"{folder}: {count} trial{'s have' if count > 1 else ' has'} no result yet")
     if not runs:
         raise RunError(problems[0] if problems else "no run folders given")
     return runs, problems
@@ -244,6 +259,16 @@ def _section(parent: Mapping[str, Any], key: str, file: Path, where: str = "") -
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _waits(path: Path) -> bool:
+    """A trial of a transfer experiment that has not got to its first result."""
+    if (path / RESULT_FILE).is_file() or (path / PROGRESS_FILE).is_file():
+        return False
+    try:
+        return isinstance(read_experiment(path).get("trial"), dict)
+    except RunError:
+        return False
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------
@@ -387,6 +412,8 @@ def _task_run(
         earlier = earlier[-1:]
     if not earlier and architecture != "random_column":
         architecture = "scratch"
+    trial = _section(experiment, "trial", path / EXPERIMENT_FILE)
+    top = trial.get("top")
     until = _section(spec, "until", path / EXPERIMENT_FILE)
     budget = number(until.get("num_env_steps"))
     return TaskRun(
@@ -405,6 +432,9 @@ def _task_run(
         finished=any(str(rows[-1].get(f"progressive/{key}")).lower() == "true" for key in ("task_over", "finished")),
         step_budget=None if math.isnan(budget) else budget,
         algorithm=str(experiment.get("run", "")),
+        is_source=trial.get("role") == "source",
+        searched=_section(trial, "searched", path / EXPERIMENT_FILE, "trial."),
+        top=top if isinstance(top, int) and not isinstance(top, bool) and top > 0 else None,
     )
 
 

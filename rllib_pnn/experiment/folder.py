@@ -9,6 +9,11 @@
             params.json                       the whole AlgorithmConfig
             checkpoint_000007/ ...            RLlib's checkpoints, the last few
             columns/                          the frozen columns (a ColumnStore)
+            analysis/                         sensitivities, from `rllib analyze`
+    runs/pong-soup-transfer/                  a transfer experiment: one folder, whenever its file is trained
+        source_pong_seed_0/                   a trial whose columns others start from
+        pong_to_noisy_progressive_seed_0/     a trial that is scored
+        report.html                           what `rllib report` makes of all of them
 
 What a killed run leaves is enough to go on from: every file is moved into place whole, and a checkpoint counts once
 `state.json` names it.
@@ -27,7 +32,7 @@ from typing import IO, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rllib_pnn.experiment.errors import InputError
+from rllib_pnn.experiment.errors import InputError, short
 from rllib_pnn.experiment.spec import Experiment, Plan, load_experiment
 
 try:
@@ -163,6 +168,77 @@ def create_experiment(storage: Path, plan: Plan) -> Path:
     except OSError as error:
         raise InputError(f"--storage {storage}: {error.filename or storage}: {error.strerror or error}") from None
     return path
+
+
+def transfer_folder(storage: Path, plan: Plan) -> Path:
+    """Where a transfer experiment lives in `storage`, whenever it is trained: what is finished there is kept."""
+    return storage / plan.name.replace(" ", "-")
+
+
+def check_transfer(path: Path, plan: Plan) -> None:
+    """Raises `InputError` if a trial was started in `path` with other settings than the plan's. Writes nothing."""
+    if not path.exists():
+        return
+    if not (path / PLAN_FILE).is_file() and any(not file.name.startswith(".") for file in path.iterdir()):
+        raise InputError(f"{path}: holds no {PLAN_FILE}, so it is no transfer experiment; choose another --storage")
+    for name, experiment in plan.runs.items():
+        run = RunFolder(path / name)
+        if not (run.path / EXPERIMENT_FILE).is_file() or run.state.status == "waiting":
+            continue
+        key, old, new = _difference(_settings(run.experiment), _settings(experiment)) or ("", None, None)
+        if key:
+            raise InputError(
+                f"{run.path}: was trained with {key} {short(old)}, the file says {short(new)}; change it back, choose "
+                "another --storage, or remove what is to be trained anew"
+            )
+
+
+def make_folder(path: Path) -> Path:
+    """Raises `InputError` if it can't be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--storage {path.parent}: {error.filename or path}: {error.strerror or error}") from None
+    return path
+
+
+def open_transfer(path: Path, plan: Plan) -> None:
+    """Writes the plan of a transfer experiment into its folder, or adds the trials that are new in the file.
+
+    Trials that the file has no more stay.
+
+    Raises:
+        InputError: the folder can't be written to.
+    """
+    try:
+        known = read_plan(path).runs if (path / PLAN_FILE).is_file() else []
+        # The plan first: its trials need not be there yet, and a folder without a plan would be nobody's.
+        runs = list(dict.fromkeys([*known, *plan.runs]))
+        contents = PlanFile(name=plan.name, source=str(plan.source.path.absolute()), runs=runs)
+        write_json(path / PLAN_FILE, contents.model_dump())
+        for name, experiment in plan.runs.items():
+            (path / name).mkdir(exist_ok=True)
+            write_json(path / name / EXPERIMENT_FILE, experiment.model_dump(mode="json"))
+    except OSError as error:
+        raise InputError(f"--storage {path.parent}: {error.filename or path}: {error.strerror or error}") from None
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """What a trial's result depends on."""
+    settings = experiment.model_dump(mode="json", exclude={"name", "checkpoint_config"})
+    settings["trial"] = {key: (settings["trial"] or {}).get(key) for key in ("role", "source_run")}
+    return settings
+
+
+def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """Key path of the first difference, and both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            found = _difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+            if found:
+                return found
+        return None
+    return None if old == new else (where, old, new)
 
 
 def check_storage(storage: Path) -> None:

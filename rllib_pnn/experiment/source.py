@@ -91,9 +91,19 @@ def read_yaml(path: Path) -> Source:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, reading 1e-4 as the number that YAML 1.2 says it is (YAML 1.1 wants 1.0e-4)."""
+    """PyYAML's safe loader, reading 1e-4 as the number that YAML 1.2 says it is (YAML 1.1 wants 1.0e-4).
+
+    Infinity and NaN too, as Python writes them into an `experiment.json`.
+    """
+
+    def construct_yaml_float(self, node: Any) -> float:
+        value = str(self.construct_scalar(node))
+        if value.endswith(("Infinity", "NaN")) and not value.startswith("."):
+            return float(value)
+        return float(super().construct_yaml_float(node))
 
 
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -102,9 +112,9 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
         r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)|-?Infinity|NaN)$"
     ),
-    list("-+0123456789."),
+    list("-+0123456789.IN"),
 )
 
 

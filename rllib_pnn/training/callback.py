@@ -34,6 +34,7 @@ from ray.tune.result import DONE, SHOULD_CHECKPOINT
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.store import ColumnStore, ColumnStoreError
 from rllib_pnn.training.evaluation import ColumnEvaluation, evaluate_shard, shards
+from rllib_pnn.training.recognition import KEY as FIRST_OBSERVATIONS
 from rllib_pnn.training.rl_module import MODEL_CONFIG_KEY, ProgressiveRLModule, _column_state, grow
 from rllib_pnn.training.task_env_runner import EPISODE_METRICS
 from rllib_pnn.training.tasks import Task, parse_tasks
@@ -65,6 +66,7 @@ class ProgressiveCallback(RLlibCallback):
         self._last_progress: dict[str, Any] = {}
         self._scores: dict[str, dict[str, Any]] = {}
         self._returns: deque[float] = deque(maxlen=1)
+        self._first_observations: dict[str, dict[str, Any]] = {}  # by task, for `rllib evaluate --task auto`
 
     # -- RLlib's hooks -------------------------------------------------------------------------------------------
 
@@ -282,7 +284,7 @@ class ProgressiveCallback(RLlibCallback):
             self._store.save_column(
                 network,
                 k,
-                task=f"{Path(source.path).name}:{entry.task}"[:200],
+                task=entry.task if entry.extra.get("source") else f"{Path(source.path).name}:{entry.task}"[:200],
                 env=entry.env,
                 env_config=entry.env_config,
                 score=entry.score,
@@ -356,6 +358,9 @@ class ProgressiveCallback(RLlibCallback):
             parts = [part for job, part in zip(jobs, played, strict=True) if job[0] == first + i]
             evaluation = ColumnEvaluation.merge(parts)
             mean = evaluation.episode_return_mean
+            seen = evaluation.first_steps.statistics() if evaluation.first_steps is not None else None
+            if seen is not None:
+                self._first_observations[self._tasks[i].name] = seen.to_json()
             score = self._scores.get(self._tasks[i].name) or _score_of(mean, evaluation.digest)
             before = score["frozen_episode_return_mean"]
             self._scores[self._tasks[i].name] = score | {
@@ -371,6 +376,11 @@ class ProgressiveCallback(RLlibCallback):
         i = k - progress["first_column"]
         task = self._tasks[i] if i >= 0 else None
         score = self._scores.get(task.name) if task else None
+        extra: dict[str, Any] = {}
+        if score:
+            extra = {"digest": score["digest"], "num_episodes": score["num_episodes"]}
+        if task is not None and task.name in self._first_observations:
+            extra[FIRST_OBSERVATIONS] = self._first_observations[task.name]
         self._store.save_column(
             network,
             k,
@@ -379,7 +389,7 @@ class ProgressiveCallback(RLlibCallback):
             env_config=dict(task.env_config) if task else {},
             score=None if score is None else score["frozen_episode_return_mean"],
             num_env_steps=steps if task else 0,
-            extra={"digest": score["digest"], "num_episodes": score["num_episodes"]} if score else {},
+            extra=extra,
         )
 
     # -- where columns are stored --------------------------------------------------------------------------------
