@@ -19,7 +19,7 @@ from rich.table import Table
 
 from rllib_pnn.experiment.environment import prepare_ray
 from rllib_pnn.experiment.errors import InputError, RunFailed, did_you_mean
-from rllib_pnn.experiment.folder import RunFolder, find_runs
+from rllib_pnn.experiment.folder import ERROR_FILE, RunFolder, find_runs
 from rllib_pnn.experiment.spec import load_plans
 
 if TYPE_CHECKING:
@@ -440,7 +440,7 @@ def _report(console: Console, outcome: Outcome) -> int:
         return 128 + outcome.stopped_by
     if outcome.failed:
         for run in outcome.failed:
-            _fail(f"{_relative(run.path)}: failed, see {_relative(run.path / 'error.txt')}", FAILED)
+            _fail(f"{_relative(run.path)}: failed: {run.failure()}; details in {ERROR_FILE} there", FAILED)
         say(f"Once that is mended:  rllib train --resume {shown}")
         return FAILED
     say(f"Done. Run folder: {shown}")
