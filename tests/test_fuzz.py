@@ -304,3 +304,41 @@ def test_the_damage_is_the_same_every_time() -> None:
 
 
 # -- found by fuzzing, and kept ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "2001-13-45", "!!int x", "!!float x", "0x", "1:99:99.5:3"])
+def test_yaml_values_that_are_none(tmp_path: Path, value: str) -> None:
+    (tmp_path / "file.yaml").write_text(f"a: {{run: PPO, env: CartPole-v1, config: {{lr: {value}}}}}\n")
+    with contextlib.suppress(InputError):
+        load_plans(tmp_path / "file.yaml")
+
+
+@pytest.mark.parametrize(
+    "value", ["1" + "0" * 400, "-" + "9" * 5000, '{"a":' * 3000 + "0" + "}" * 3000, "[1, 2]", "{}"]
+)
+def test_sensitivities_that_are_no_numbers(folder: Path, value: str) -> None:
+    file = folder / "analysis" / "column_001" / "afs.json"
+    file.write_text(file.read_text().replace("0.25", value))
+    with pytest.raises(ValueError) as error:
+        read_sensitivity(folder)
+    clear(error.value)
+
+
+@pytest.mark.parametrize("value", ["[" * 3000 + "]" * 3000, '"flipped"', "null", "NaN", "1" + "0" * 400, "{}"])
+def test_rows_without_an_iteration_are_taken_back(folder: Path, value: str) -> None:
+    lines = (folder / "result.json").read_text().splitlines()
+    lines[0] = f'{{"training_iteration": {value}}}'
+    (folder / "result.json").write_text("\n".join(lines) + "\n")
+    rewind(folder)
+    kept = [json.loads(line)["training_iteration"] for line in (folder / "result.json").read_text().splitlines()]
+    assert kept == [2, 3]
+
+
+def test_a_table_without_an_iteration_is_taken_back(folder: Path) -> None:
+    text = (folder / "progress.csv").read_text().splitlines()
+    place = text[0].split(",").index("training_iteration")
+    cells = text[1].split(",")
+    cells[place] = "flipped"
+    (folder / "progress.csv").write_text("\n".join([text[0], ",".join(cells), *text[2:]]) + "\n")
+    rewind(folder)
+    assert len((folder / "progress.csv").read_text().splitlines()) == 3  # header, iterations 2 and 3

@@ -257,6 +257,21 @@ def test_the_report_shows_markup_as_text(run: Path, word: str) -> None:
     assert ">49<" not in page
 
 
+@pytest.mark.parametrize("word", ["[/]", "[bold]x", "\x1b]0;owned\x07", "\u202e", ":smile:", "a\nb"])
+def test_the_terminal_shows_names_as_text(run: Path, capsys: pytest.CaptureFixture[str], word: str) -> None:
+    file = run / "columns" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["columns"][0] |= {"task": word, "env_config": {word: word}}
+    file.write_text(json.dumps(manifest))
+    assert cli.main(["columns", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "".join(c if c.isprintable() else "?" for c in word) in shown
+    assert shown.replace("\n", "").isprintable()
+    assert cli.main(["analyze", str(run), "--column", f"no{word}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable()
+
+
 # -- storage that is no local folder -----------------------------------------------------------------------------------
 
 
