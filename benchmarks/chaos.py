@@ -124,6 +124,15 @@ class Round:
             return rows
         return []
 
+    def last_row(self) -> dict[str, Any] | None:
+        """The newest complete row, without reading all of them."""
+        with contextlib.suppress(FileNotFoundError), (self.path / "result.json").open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 2**18))
+            for line in reversed(file.read().split(b"\n")):
+                with contextlib.suppress(ValueError):
+                    return json.loads(line)
+        return None
+
     def manifest(self) -> list[dict[str, Any]]:
         with contextlib.suppress(FileNotFoundError):
             return json.loads((self.path / "columns" / "manifest.json").read_text())["columns"]
@@ -161,8 +170,9 @@ class Round:
         indices = [row["progressive"]["task_index"] for row in rows]
         if indices != sorted(indices):
             found.append(f"list {self.number}: a task was gone back to")
+        # Not a number where a column was not played again: the last kill came after the last column was stored.
         equal = {task: rows[-1]["columns"][task]["bit_equal"] for task in self.tasks}
-        if set(equal.values()) != {1}:
+        if any(value == 0 for value in equal.values()):
             found.append(f"list {self.number}: columns did not play as when frozen: {equal}")
         return found
 
@@ -241,14 +251,13 @@ class Chaos:
         victims = {
             "driver": lambda: [self.driver.pid],
             "env_runner": lambda: self._pids("EnvRunner"),
-            "learner": lambda: self._pids("Learner"),
-            "trial": lambda: self._pids("PPO", "ProgressivePPO"),
+            "learner": lambda: self._pids("_WrappedExecutable"),  # as RLlib's LearnerGroup calls the actors' class
+            "trial": lambda: self._pids("PPO"),
             "node": lambda: [None],
         }[target]()
         if not victims:  # it is restarting
             return True
-        rows = run.rows()
-        last = rows[-1] if rows else {"training_iteration": 0, "num_env_steps_sampled_lifetime": 0}
+        last = run.last_row() or {"training_iteration": 0, "num_env_steps_sampled_lifetime": 0}
         kill = Kill(
             number=len(self.kills) + 1,
             target=target,
@@ -270,6 +279,9 @@ class Chaos:
         self.kills.append(kill)
         if target == "driver":
             kill.exit_code = self.driver.wait()
+            if last := run.last_row():  # it may have written one more
+                kill.iteration = last["training_iteration"]
+                kill.env_steps = int(last["num_env_steps_sampled_lifetime"])
             self.resume()
         if target == "node":
             time.sleep(self.random.uniform(0.0, 3.0))
@@ -283,16 +295,14 @@ class Chaos:
         )
         return True
 
-    def _pids(self, *names: str) -> list[int]:
-        """Ray's worker processes whose actor's class has one of these names, among this process's descendants."""
+    def _pids(self, name: str) -> list[int]:
+        """Ray's worker processes of actors of this class, among this process's descendants."""
         found = []
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error, IndexError):
                 title = process.cmdline()[0]
                 actor = title.removeprefix("ray::").split(".")[0]
-                if title.startswith("ray::") and any(
-                    actor == name or (name not in ("PPO",) and actor.endswith(name)) for name in names
-                ):
+                if title.startswith("ray::") and (actor == name or (name == "EnvRunner" and actor.endswith(name))):
                     found.append(process.pid)
         return sorted(found)
 
@@ -316,15 +326,15 @@ class Chaos:
         """Returns at the moment, or after a while without it; False if the list of tasks ended."""
         run = self.rounds[-1]
         folders = set(run.path.glob("checkpoint_*"))
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + (60 if moment == "freezing" else 20)
         while moment != "random" and time.monotonic() < deadline:
             if self._over():
                 return False
             if moment == "checkpoint" and set(run.path.glob("checkpoint_*")) - folders:
                 return True
             # The last iteration of a task has begun: the next result comes after freezing, playing and storing.
-            if moment == "freezing" and (rows := run.rows()):
-                steps = rows[-1]["progressive"]["task_env_steps"]
+            if moment == "freezing" and (row := run.last_row()):
+                steps = row["progressive"]["task_env_steps"]
                 if self.task_steps - 1.5 * STEPS_PER_ITERATION <= steps < self.task_steps:
                     return True
             time.sleep(0.02)
@@ -335,9 +345,10 @@ class Chaos:
         run = self.rounds[-1]
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
-            rows = run.rows()
-            fresh = [row for row in rows if row["timestamp"] > struck_at + 0.5]
-            if fresh or self._over():
+            newest = run.last_row()  # its timestamp is in whole seconds
+            if (newest and newest["timestamp"] > struck_at + 0.5) or self._over():
+                rows = run.rows()
+                fresh = [row for row in rows if row["timestamp"] > struck_at + 0.5]
                 if fresh:
                     first = fresh[0]["training_iteration"]
                     before = [row for row in rows if row["training_iteration"] < first]
@@ -381,8 +392,10 @@ def residue(work: Path, mark: str, shared_before: set[str]) -> list[str]:
         if not left or time.monotonic() > deadline:
             break
         time.sleep(0.5)
-    left += [f"/dev/shm/{name}" for name in sorted(_shared() - shared_before) if _mine(name)]
-    known = ("driver.log", "list_", "runs_", "ray")
+    fresh = [f"/dev/shm/{name}" for name in sorted(_shared() - shared_before)]
+    mapped = _mapped() if fresh else ""
+    left += [name for name in fresh if name not in mapped]  # others on this machine use theirs
+    known = ("driver.log", "list_", "runs_", "ray", "torchinductor_")
     left += [str(path) for path in sorted(work.iterdir()) if not path.name.startswith(known)]
     return left
 
@@ -391,10 +404,13 @@ def _shared() -> set[str]:
     return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
 
 
-def _mine(name: str) -> bool:
-    with contextlib.suppress(OSError):
-        return os.stat(f"/dev/shm/{name}").st_uid == os.getuid()
-    return False
+def _mapped() -> str:
+    """What the processes of this machine map, as one text."""
+    texts = []
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            texts.append(maps.read_text(errors="replace"))
+    return "\n".join(texts)
 
 
 def summary_of(

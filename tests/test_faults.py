@@ -82,6 +82,8 @@ def dying(real: Callable, when: str, nth: int = 1) -> Callable:
         (files.os, "replace", 2),  # the manifest
         (ProgressiveLearnerMixin, "grow", 1),
         (ProgressiveCallback, "_forget_rollouts", 1),
+        (ColumnStore, "save_column", 2),  # the last task's
+        (ProgressiveCallback, "_forget_rollouts", 2),
     ],
 )
 def test_a_switch_is_atomic(cluster, tmp_path, monkeypatch, owner, name, nth, when):
@@ -97,17 +99,19 @@ def test_a_switch_is_atomic(cluster, tmp_path, monkeypatch, owner, name, nth, wh
     finally:
         made.stop()
     stored = [entry.fingerprint for entry in ColumnStore(tmp_path / "columns").entries]
-    assert len(stored) <= 1
+    assert len(stored) <= nth
     restored = Algorithm.from_checkpoint(checkpoint)
     try:
         first = result = restored.train()
         # Either the old task goes on or the next one starts.
-        assert first["progressive"]["task_index"] == len(stored)
+        assert first["progressive"]["task_index"] == min(len(stored), 1)
+        assert first["progressive"]["finished"] == (len(stored) == 2)
         for _ in range(10):
             if result.get("done"):
                 break
             result = restored.train()
-        assert [result["columns"][v]["bit_equal"] for v in VARIANTS] == [1, 1]
+        played = [result["columns"][v]["bit_equal"] for v in VARIANTS]
+        assert played == [1, 1] or len(stored) == 2  # they were played and stored before
     finally:
         restored.stop()
     entries = ColumnStore(tmp_path / "columns").entries
@@ -353,7 +357,7 @@ def test_a_killed_learner(tmp_path):
     learners = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
-        if child.cmdline()[:1] and "Learner" in child.cmdline()[0].split(".")[0]
+        if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::_WrappedExecutable")  # RLlib's Learner actors
     ]
     assert len(learners) == 1
     learners[0].kill()
