@@ -171,6 +171,10 @@ def test_total_norm():
         ("Failure # 1\nray::PPO.train()\n  File x\nValueError: no\nsuch luck", "ValueError: no such luck"),
         ("ValueError: a\n\nduring that\n\n  File\na.b.KeyError: 'c'\n", "KeyError: 'c'"),
         ("x\nrllib_pnn.training.trouble.TrainingTrouble: task 'a': nan", "task 'a': nan"),
+        (
+            "Failure # 1\nThe actor died before finishing.\n\tpid: 3\nIt never ran.\n",
+            "The actor died before finishing.",
+        ),
         ("OSError: " + "x" * 900, "OSError: " + "x" * 488 + "..."),
     ],
 )

@@ -163,13 +163,11 @@ class RunFolder:
 
 def last_exception(traceback: str, limit: int = 500) -> str:
     """The last exception that a traceback names, in one line; "unknown" if there is none."""
-    lines = [line.strip() for line in traceback.splitlines() if line.strip()]
-    found = [
-        i
-        for i, line in enumerate(lines)
-        if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Trouble|Interrupt)\b", line)
-    ]
-    message = " ".join(lines[found[-1] :]) if found else lines[-1] if lines else "unknown"
+    lines = [line.strip() for line in traceback.splitlines() if line.strip() and not line.startswith("Failure # ")]
+    named = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt|Trouble)\b")
+    found = [i for i, line in enumerate(lines) if named.match(line)]
+    # A process that was killed leaves no exception; what Ray says first about it is the best of many words.
+    message = " ".join(lines[found[-1] :]) if found else lines[0] if lines else "unknown"
     name, colon, rest = message.partition(": ")
     if name.endswith("TrainingTrouble"):
         message = rest  # it says all
