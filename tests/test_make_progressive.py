@@ -17,8 +17,9 @@ from ray.rllib.callbacks.callbacks import RLlibCallback
 
 import rllib_pnn
 from rllib_pnn.network import ColumnStore
+from rllib_pnn.training import callback
 from rllib_pnn.training.a3c import A3CConfig
-from rllib_pnn.training.evaluation import evaluate_column
+from rllib_pnn.training.evaluation import ColumnEvaluation, evaluate_column
 from rllib_pnn.training.learner import NUM_ENV_STEPS_DROPPED, note_task, task_of
 from rllib_pnn.training.progressive import make_progressive
 
@@ -247,6 +248,41 @@ def test_a_column_that_was_stored_is_never_trained_again(tmp_path):
     finally:
         restored.stop()
     assert [e.task for e in ColumnStore(tmp_path / "columns").entries] == ["plain", "flipped"]
+
+
+def test_a_column_is_not_frozen_on_returns_that_its_newest_weights_do_not_reach(tmp_path, monkeypatch, caplog):
+    """A bad last update must not be frozen for ever: the task ends by return only if that is played again."""
+    played = []
+
+    def play(algorithm, network, env, jobs, normalize):
+        played.append([job[0] for job in jobs])
+        value = 0.0 if len(played) == 1 else 100.0  # the first look finds a policy that is lost, the next one does not
+        return [ColumnEvaluation((value,) * count, (1,) * count, f"digest {column}") for column, _, count, _ in jobs]
+
+    monkeypatch.setattr(callback, "_play", play)
+    made = make_progressive(
+        config(),
+        tasks=[
+            {"name": "plain", "env_config": {"variant": "plain"}, "until": {"episode_return_mean": 5}},
+            {"name": "flipped", "env_config": {"variant": "flipped"}, "until": {"num_env_steps": 10**9}},
+        ],
+        column_store=tmp_path / "columns",
+        column=[{"dense": 8}],
+        evaluation_episodes=4,
+    ).build_algo()
+    try:
+        before = train_until(made, lambda r: played)
+        assert not before["progressive"]["task_over"]
+        assert not ColumnStore(tmp_path / "columns").entries
+        assert "goes on learning" in caplog.text
+        # A new window of episodes has to fill up before the next look.
+        after = train_until(made, lambda r: len(played) > 1)
+        assert after["progressive"]["task_env_steps"] > before["progressive"]["task_env_steps"]
+        assert after["progressive"]["task_over"]
+        assert after["columns"]["plain"]["frozen_episode_return_mean"] == 100.0
+        assert [e.task for e in ColumnStore(tmp_path / "columns").entries] == ["plain"]
+    finally:
+        made.stop()
 
 
 def test_the_same_seed_gives_the_same_columns(tmp_path):

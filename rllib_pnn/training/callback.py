@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from pyarrow.fs import FileSelector, FileType, LocalFileSystem, copy_files
 from ray.rllib.algorithms.algorithm import Algorithm
@@ -139,6 +140,9 @@ class ProgressiveCallback(RLlibCallback):
             mean if len(self._returns) >= min(MIN_EPISODES, self._returns.maxlen or 1) else math.nan, steps
         )
         column = progress["first_column"] + progress["task_index"]
+        if over and not task.is_over(math.nan, steps) and not self._confirmed(algorithm, progress, task):
+            over = False
+            self._returns.clear()
         if over:
             progress = self._end_task(algorithm, progress, steps, total_steps)
             self._returns.clear()
@@ -163,6 +167,43 @@ class ProgressiveCallback(RLlibCallback):
         result["columns"] = {t.name: dict(self._scores.get(t.name, _NO_SCORE)) for t in self._tasks}
 
     # -- the walk ------------------------------------------------------------------------------------------------
+
+    def _confirmed(self, algorithm: Algorithm, progress: dict[str, Any], task: Task) -> bool:
+        """Whether the newest weights are as good as the episodes that would end the task.
+
+        Those episodes are older than the weights, and one bad update is enough to lose a policy. Frozen for ever is
+        what plays now, so it plays first: falls its mean short of the task's by more than two standard errors, then
+        the task goes on until another window of episodes is full.
+        """
+        num_episodes, wanted = self._settings.get("evaluation_episodes", 10), task.until.get("episode_return_mean")
+        if num_episodes <= 0 or wanted is None:
+            return True
+        self._broadcast(algorithm)
+        state = _on_learners(algorithm, lambda learner: learner.progressive_module.get_state())[0]
+        column = progress["first_column"] + progress["task_index"]
+        jobs = [
+            (column, dict(task.env_config), count, seed)
+            for count, seed in shards(num_episodes, self._settings.get("evaluation_seed", 0))
+        ]
+        normalize = bool(algorithm.config.normalize_actions)
+        network = self._network_from(algorithm, state)
+        returns = np.asarray(
+            ColumnEvaluation.merge(_play(algorithm, network, algorithm.config.env, jobs, normalize)).returns
+        )
+        error = returns.std() / math.sqrt(len(returns))
+        if returns.mean() + 2 * error >= wanted:
+            return True
+        logger.warning(
+            "task '%s': its last episodes reached %s, but the newest weights return %.4g +- %.2g over %d episodes; "
+            "column %d goes on learning",
+            task.name,
+            wanted,
+            returns.mean(),
+            error,
+            len(returns),
+            column,
+        )
+        return False
 
     def _end_task(self, algorithm: Algorithm, progress: dict[str, Any], steps: int, total_steps: int) -> dict[str, Any]:
         index = progress["task_index"]
