@@ -380,9 +380,9 @@ class Chaos:
         self.log.close()
 
 
-def residue(work: Path, mark: str, shared_before: set[str]) -> list[str]:
+def residue(work: Path, mark: str, shared_before: set[str], patience_s: float = 30.0) -> list[str]:
     """Processes, shared-memory files and temporary folders that the run left behind."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + patience_s
     while True:
         left = []
         for process in psutil.process_iter():
