@@ -503,6 +503,9 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the work folder")
     arguments = parser.parse_args()
 
+    # Whoever stops it stops its cluster too.
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     shared_before = _shared()
     work = Path(tempfile.mkdtemp(prefix="chaos"))
     mark = work.name
