@@ -208,7 +208,12 @@ class Chaos:
         self.nodes = [self._add_node() for _ in range(2)]
 
     def _add_node(self) -> Any:
-        return self.cluster.add_node(num_cpus=1, resources={"runner": 1})
+        for attempt in range(10):
+            try:
+                return self.cluster.add_node(num_cpus=1, resources={"runner": 1})
+            except Exception as error:  # Ray gives a raylet 30 s to start, which a busy machine may not manage
+                print(f"a node did not start (attempt {attempt + 1}): {error}", flush=True)
+        raise RuntimeError("no node starts")
 
     # -- the command ---------------------------------------------------------------------------------------------
 
