@@ -306,6 +306,16 @@ def test_the_damage_is_the_same_every_time() -> None:
 # -- found by fuzzing, and kept ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("num_layers", [1, 3, 4])
+def test_columns_of_different_depths_in_a_manifest(folder: Path, num_layers: int) -> None:
+    file = folder / "columns" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["columns"][1]["spec"]["layers"] = [{"dense": {"units": 64}}] * num_layers
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ColumnStoreError, match=r"columns.1: .*the number of layers and the map sizes must agree"):
+        read_store(folder)
+
+
 @pytest.mark.parametrize("value", ["9" * 5000, "2001-13-45", "!!int x", "!!float x", "0x", "1:99:99.5:3"])
 def test_yaml_values_that_are_none(tmp_path: Path, value: str) -> None:
     (tmp_path / "file.yaml").write_text(f"a: {{run: PPO, env: CartPole-v1, config: {{lr: {value}}}}}\n")
