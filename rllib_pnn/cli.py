@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rllib_pnn.experiment.environment import prepare_ray
 from rllib_pnn.experiment.errors import InputError, RunFailed, did_you_mean
-from rllib_pnn.experiment.folder import RunFolder, find_runs
+from rllib_pnn.experiment.folder import ERROR_FILE, RunFolder, find_runs
 from rllib_pnn.experiment.spec import load_plans
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def evaluate(
     for name in chosen:
         index = own[name] if column is None else column % len(entries)
         env_config = {**experiment.config.get("env_config", {}), **tasks[name].env_config}
-        with console.status(f"{name}: column {index} plays {episodes} episodes"):
+        with console.status(Text(_printable(f"{name}: column {index} plays {episodes} episodes"))):
             played = evaluate_column(
                 network,
                 experiment.env,
@@ -223,7 +224,7 @@ def analyze(
     from rllib_pnn.analysis.analyze import analyze_run
 
     console = _console()
-    with _input_errors(), console.status(f"{method} of column {column}"):
+    with _input_errors(), console.status(Text(_printable(f"{method} of column {column}"))):
         summary = analyze_run(folder.path, methods, column=_column(column), out=out, num_episodes=episodes, seed=seed)
     console.print(
         f"column {summary['column']} ({summary['task']}) returns {summary['episode_return_mean']:.2f}", markup=False
@@ -253,7 +254,7 @@ def prune(
     from rllib_pnn.analysis.analyze import prune_run
 
     console = _console()
-    with _input_errors(), console.status(f"pruning column {column}"):
+    with _input_errors(), console.status(Text(_printable(f"pruning column {column}"))):
         summary = prune_run(
             folder.path, column=_column(column), out=out, max_kl=max_kl, num_episodes=episodes, seed=seed
         )
@@ -289,7 +290,7 @@ def report(
     with _input_errors(), console.status("reading runs"):
         summary = write_report(runs, out, top=top, floor=floor)
     for problem in summary["problems"]:
-        print(f"rllib: left out: {problem}", file=sys.stderr)
+        print(f"rllib: left out: {_printable(problem)}", file=sys.stderr)
     console.print(f"{summary['num_runs']} runs: wrote {_relative(Path(summary['html']))}", markup=False, soft_wrap=True)
 
 
@@ -357,7 +358,7 @@ def _column(text: str) -> int | str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"rllib: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"rllib: error: {_printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
@@ -423,14 +424,25 @@ def _stores(path: Path) -> list[tuple[Path, ColumnStore]]:
 
 def _console() -> Console:
     """Standard output; wide lines where no terminal limits them."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+
+
+class _PlainTable(Table):
+    """Cells are text from somebody's files: neither markup nor control sequences of a terminal."""
+
+    def add_row(self, *cells: Any, **kwargs: Any) -> None:
+        super().add_row(*(Text(_printable(str(cell))) for cell in cells), **kwargs)
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _table(*headers: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = _PlainTable(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for header in headers:
         table.add_column(
-            header,
+            Text(_printable(header)),
             justify="left" if header in _TEXTS else "right",
             overflow="fold",
         )
@@ -542,7 +554,7 @@ def _report(console: Console, outcome: Outcome) -> int:
         return 128 + outcome.stopped_by
     if outcome.failed:
         for run in outcome.failed:
-            _fail(f"{_relative(run.path)}: failed, see {_relative(run.path / 'error.txt')}", FAILED)
+            _fail(f"{_relative(run.path)}: failed: {run.failure()}; details in {ERROR_FILE} there", FAILED)
         say(f"Once that is mended:  rllib train --resume {shown}")
         return FAILED
     say(f"Done. Run folder: {shown}")

@@ -356,7 +356,7 @@ def _filters(
     except RunError as error:
         notes.append(str(error))
         return []
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         notes.append(f"{file}: not filters: {type(error).__name__}: {error}")
         return []
     return [
@@ -439,7 +439,7 @@ def _write(path: Path, text: str) -> None:
     """Whole or not at all: a report that is open in a browser is never half a page."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # JSON may hold half a character
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

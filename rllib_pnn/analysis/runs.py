@@ -18,10 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from rllib_pnn.files import RefusedFile, read_regular
+
 EXPERIMENT_FILE = "experiment.json"
 RESULT_FILE = "result.json"
 PROGRESS_FILE = "progress.csv"
 MANIFEST_FILE = "columns/manifest.json"
+MAX_JSON_BYTES = 64 * 2**20
+MAX_RESULT_BYTES = 2**30
 
 _INCOMPLETE = "{file}: the last line is incomplete (the run was killed while writing it) and was left out"
 
@@ -229,14 +233,24 @@ def experiment_tasks(run: Path | str, experiment: Mapping[str, Any]) -> list[Map
 
 def read_json(file: Path) -> Any:
     """A JSON file's value. Raises `RunError` with one line if it is missing, unreadable or not JSON."""
+    text = _read_text(file, MAX_JSON_BYTES)
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{file}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{file}: cannot be read: {error}") from error
+        return json.loads(text)
+    except RecursionError:
+        raise RunError(f"{file}: nested too deeply") from None
     except ValueError as error:
         raise RunError(f"{file}: not JSON: {error}") from error
+
+
+def _read_text(file: Path, limit: int) -> str:
+    try:
+        return read_regular(file, limit).decode("utf-8")
+    except FileNotFoundError:
+        raise RunError(f"{file}: no such file") from None
+    except RefusedFile as error:
+        raise RunError(str(error)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{file}: cannot be read: {error}") from error
 
 
 def number(value: Any) -> float:
@@ -245,7 +259,7 @@ def number(value: Any) -> float:
         return math.nan
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
@@ -280,10 +294,7 @@ def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         file = path / name
         if not file.is_file():
             continue
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"{file}: cannot be read: {error}") from error
+        text = _read_text(file, MAX_RESULT_BYTES)
         rows = list(reader(file, text, notes))
         if rows:
             return rows
@@ -315,6 +326,8 @@ def _parse_line(line: str) -> dict[str, Any] | None:
     while start >= 0:
         try:
             result = json.loads(line[start:])
+        except RecursionError:
+            return None
         except ValueError:
             # A nested object never parses here, for it is followed by the rest of the object around it.
             start = line.find("{", start + 1)

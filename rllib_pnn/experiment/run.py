@@ -12,6 +12,7 @@ Tune once that one has finished, so that everything that can run does.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -45,6 +46,7 @@ from rllib_pnn.experiment.conclude import Conclusion, conclude
 from rllib_pnn.experiment.errors import InputError, RunFailed
 from rllib_pnn.experiment.folder import (
     COLUMNS_FOLDER,
+    ERROR_FILE,
     CheckpointRecord,
     ResultLog,
     RunFolder,
@@ -52,22 +54,28 @@ from rllib_pnn.experiment.folder import (
     check_transfer,
     create_experiment,
     find_experiment,
+    last_exception,
     lock,
     make_folder,
     open_transfer,
     read_plan,
     transfer_folder,
+    write_whole,
 )
 from rllib_pnn.experiment.progress import Display, RunProgress
 from rllib_pnn.experiment.spec import METRIC_NAMES, Experiment, Plan, load_experiment
 from rllib_pnn.network.store import ColumnStore, ColumnStoreError
 from rllib_pnn.registration import register
 from rllib_pnn.training.progressive import make_progressive
+from rllib_pnn.training.trouble import TrainingTrouble
 
 CHECKPOINT_EVERY_S = 60.0
-# A run whose process dies goes on from its last checkpoint, this many times; one that dies before its first
-# checkpoint would only die again.
+# A run whose process dies goes on from its last checkpoint, this many times before it must have got to another; one
+# that dies before its first checkpoint would only die again.
 MAX_RESTARTS = 3
+# Signs in a traceback that it would only die again.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_HOPELESS = (f"{TrainingTrouble.__name__}: ", *map(os.strerror, _DISK_ERRORS))
 
 
 @dataclass(frozen=True)
@@ -319,6 +327,7 @@ def _fit(plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], display: D
         made = make_config(plan, experiment, cluster, num_runs=len(plan.runs), columns_from=columns_from)
         return made.to_dict()
 
+    hopeless: set[str] = set()  # runs that would only fail again
     assert config.algo_class is not None
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopSignal(display))
@@ -330,7 +339,7 @@ def _fit(plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], display: D
             tune_config=TuneConfig(
                 num_samples=len(folders),
                 search_alg=searcher,
-                scheduler=_StoppableScheduler(folders, searcher.names, stop),
+                scheduler=_StoppableScheduler(folders, searcher.names, stop, hopeless),
                 trial_dirname_creator=lambda trial: searcher.names[trial.trial_id],
                 trial_name_creator=lambda trial: searcher.names[trial.trial_id],
             ),
@@ -347,15 +356,37 @@ def _fit(plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], display: D
                 callbacks=[
                     _TensorBoard(),
                     _RunFolderCallback(
-                        folders, display, searcher, 0 if checkpoints.checkpoint_frequency else CHECKPOINT_EVERY_S
+                        folders,
+                        display,
+                        searcher,
+                        hopeless,
+                        every_s=0 if checkpoints.checkpoint_frequency else CHECKPOINT_EVERY_S,
                     ),
                 ],
                 verbose=1 if verbose else 0,
             ),
         )
         stack.enter_context(display)
-        tuner.fit()
+        try:
+            tuner.fit()
+        except Exception as error:
+            cause = _disk_error(error)
+            if cause is None:
+                raise
+            raise RunFailed(
+                f"{cause.filename or path}: {cause.strerror or one_line(cause)}; the last checkpoints and all stored "
+                f"columns are intact. Once that is mended:  rllib train --resume {path}"
+            ) from error
     return stop.signal
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The refusal of a disk that an exception came from, if it did."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _headline(plan: Plan, config: AlgorithmConfig, path: Path) -> str:
@@ -547,11 +578,14 @@ class _StoppableScheduler(FIFOScheduler):
     Tune's own handling of SIGINT saves the state of the experiment but takes no checkpoint of its trials.
     """
 
-    def __init__(self, folders: Mapping[str, RunFolder], names: Mapping[str, str], stop: _StopSignal) -> None:
+    def __init__(
+        self, folders: Mapping[str, RunFolder], names: Mapping[str, str], stop: _StopSignal, hopeless: set[str]
+    ) -> None:
         super().__init__()
         self._folders = folders
         self._names = names
         self._stop = stop
+        self._hopeless = hopeless
 
     @override(FIFOScheduler)
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
@@ -576,6 +610,10 @@ class _StoppableScheduler(FIFOScheduler):
 
     @override(FIFOScheduler)
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        for trial in tune_controller.get_trials():
+            # Tune has put it into its queue again, to be started from its last checkpoint.
+            if self._names.get(trial.trial_id) in self._hopeless and not trial.is_finished():
+                tune_controller.stop_trial(trial)
         if self._stop.signal is None:
             return super().choose_trial_to_run(tune_controller)
         if not any(trial.status == Trial.RUNNING for trial in tune_controller.get_trials()):
@@ -597,8 +635,11 @@ class _TensorBoard(TBXLoggerCallback):
 class _RunFolderCallback(Callback):
     """Keeps the run folders and the display up to date, and asks for checkpoints by the clock."""
 
-    def __init__(self, folders: Mapping[str, RunFolder], display: Display, runs: _Runs, every_s: float) -> None:
+    def __init__(
+        self, folders: Mapping[str, RunFolder], display: Display, runs: _Runs, hopeless: set[str], *, every_s: float
+    ) -> None:
         self._folders = folders
+        self._hopeless = hopeless
         self._display = display
         self._runs = runs
         self._progress = {run.name: run for run in display.runs}
@@ -614,10 +655,11 @@ class _RunFolderCallback(Callback):
         checkpoint = trial.latest_checkpoint_result
         done = int(checkpoint.metrics.get(TRAINING_ITERATION, 0)) if checkpoint else 0
         self._logs[name] = ResultLog(folder.path, done)
-        (folder.path / "params.json").write_text(
-            json.dumps(trial.config, cls=SafeFallbackEncoder, indent=2, sort_keys=True), encoding="utf-8"
+        write_whole(
+            folder.path / "params.json",
+            json.dumps(trial.config, cls=SafeFallbackEncoder, indent=2, sort_keys=True),
         )
-        (folder.path / "error.txt").unlink(missing_ok=True)
+        (folder.path / ERROR_FILE).unlink(missing_ok=True)
         folder.set_status("running")
         self._last_checkpoint[name] = time.monotonic()
         self._display.started(self._progress[name], "resuming" if checkpoint else "starting")
@@ -656,10 +698,14 @@ class _RunFolderCallback(Callback):
             )
         )
         self._last_checkpoint[str(trial)] = time.monotonic()
-        trial.max_failures = MAX_RESTARTS
+        # A run of days may die more often than that, as long as it gets on in between.
+        trial.max_failures = trial.num_failures + MAX_RESTARTS
 
     @override(Callback)
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if str(trial) in self._hopeless:
+            self._failed(trial)
+            return
         self._folders[str(trial)].set_status("finished")
         self._display.ended(self._progress[str(trial)], "finished")
         self._start_next()
@@ -667,13 +713,21 @@ class _RunFolderCallback(Callback):
     @override(Callback)
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._keep_error(trial)
-        self._display.say(f"{trial}: died ({_reason(trial)}); starting it again from its last checkpoint")
+        text = self._error_text(trial)
+        if any(sign in text for sign in _HOPELESS):
+            self._hopeless.add(str(trial))
+            return
+        self._display.say(f"{trial}: died ({last_exception(text)}); starting it again from its last checkpoint")
 
     @override(Callback)
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._keep_error(trial)
-        self._folders[str(trial)].set_status("failed")
-        self._display.say(f"{trial}: failed: {_reason(trial)}")
+        self._failed(trial)
+
+    def _failed(self, trial: Trial) -> None:
+        folder = self._folders[str(trial)]
+        folder.set_status("failed")
+        self._display.say(f"{trial}: failed: {folder.failure()}")
         self._display.ended(self._progress[str(trial)], "failed")
         self._start_next()
 
@@ -692,12 +746,12 @@ class _RunFolderCallback(Callback):
 
     def _keep_error(self, trial: Trial) -> None:
         if trial.error_file and Path(trial.error_file).is_file():
-            shutil.copyfile(trial.error_file, self._folders[str(trial)].path / "error.txt")
+            write_whole(self._folders[str(trial)].path / ERROR_FILE, self._error_text(trial))
 
-
-def _reason(trial: Trial) -> str:
-    """The last line of a trial's traceback."""
-    with contextlib.suppress(OSError, TypeError):
-        lines = [line.strip() for line in Path(str(trial.error_file)).read_text(encoding="utf-8").splitlines()]
-        return next((line for line in reversed(lines) if line), "unknown")[:300]
-    return "unknown"
+    @staticmethod
+    def _error_text(trial: Trial) -> str:
+        """The traceback of a run's newest failure."""
+        with contextlib.suppress(OSError, TypeError):
+            text = Path(str(trial.error_file)).read_text(encoding="utf-8", errors="replace")
+            return text[max(0, text.rfind("Failure # ")) :]
+        return ""

@@ -13,6 +13,7 @@ import itertools
 import math
 import random
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -296,6 +297,12 @@ class Experiment(_Model):
                 f"run: unknown algorithm {short(self.run)}, known are {', '.join(ALGORITHMS)}"
                 + did_you_mean(self.run, ALGORITHMS)
             )
+        module = (self.env or "").rpartition(":")[0]
+        if module and module not in sys.modules:
+            raise ValueError(
+                f"env: {short(self.env)} names a module, which making it would import: a tuned example is data; "
+                "expected the id of a registered environment"
+            )
         if self.progressive is not None:
             if self.run not in PROGRESSIVE_ALGORITHMS:
                 raise ValueError(
@@ -376,7 +383,7 @@ def load_experiment(path: Path) -> tuple[Source, Experiment]:
     Raises:
         InputError: it is missing or is not an experiment of this package.
     """
-    source = read_yaml(path)  # JSON is YAML
+    source = read_yaml(path, follow_links=False)  # JSON is YAML
     return source, _validate(source, (), source.data, {})
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
+import tempfile
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +40,7 @@ from rllib_pnn.training.recognition import KEY as FIRST_OBSERVATIONS
 from rllib_pnn.training.rl_module import MODEL_CONFIG_KEY, ProgressiveRLModule, _column_state, grow
 from rllib_pnn.training.task_env_runner import EPISODE_METRICS
 from rllib_pnn.training.tasks import Task, parse_tasks
+from rllib_pnn.training.trouble import TrainingTrouble
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +81,13 @@ class ProgressiveCallback(RLlibCallback):
         )
         self._returns = deque(maxlen=algorithm.config.metrics_num_episodes_for_smoothing)
         self._store = self._open_store(algorithm)
+        self._store.claim()
+        storage = getattr(algorithm, "_storage", None)
+        if storage is not None:
+            # Tune stages checkpoints in the system's temporary folder, where a killed process leaves half of one for
+            # good; a folder beside its own goes with Ray's session.
+            tempfile.tempdir = f"{storage.trial_working_directory}.staging"
+            os.makedirs(tempfile.tempdir, exist_ok=True)
         if self._settings.get("columns_from"):
             self._start_from(algorithm, ColumnStore(self._settings["columns_from"]))
 
@@ -114,6 +124,9 @@ class ProgressiveCallback(RLlibCallback):
 
     @override(RLlibCallback)
     def on_train_result(self, *, algorithm: Algorithm, result: dict[str, Any], **kwargs: Any) -> None:
+        trouble = next((t for t in _on_learners(algorithm, lambda learner: learner.find_trouble()) if t), None)
+        if trouble is not None:
+            raise TrainingTrouble(trouble)  # before a checkpoint of it could be taken
         self._ready = self._ready and self._progress(algorithm) == self._last_progress
         self._catch_up(algorithm)
         progress = self._progress(algorithm)
@@ -371,7 +384,14 @@ class ProgressiveCallback(RLlibCallback):
             }
 
     def _store_column(self, network: ProgressiveNetwork, k: int, progress: dict[str, Any], steps: int | None) -> None:
-        if k < len(self._store.entries):
+        entries = self._store.entries
+        if k < len(entries):
+            mine = str(network.columns[k].fingerprint)
+            if entries[k].fingerprint != mine:
+                raise ColumnStoreError(
+                    f"{self._store.path}: column {k} is stored with fingerprint {entries[k].fingerprint[:12]}, this "
+                    f"run's is {mine[:12]}: another process trained the same task; resume to go on from the stored one"
+                )
             return
         i = k - progress["first_column"]
         task = self._tasks[i] if i >= 0 else None

@@ -50,6 +50,12 @@ from rllib_pnn.training.rl_module import (
 from rllib_pnn.training.task_env_runner import task_env_runner_class
 from rllib_pnn.training.tasks import Task, parse_tasks
 
+MAX_SEQ_LEN = 20  # steps of a sequence in train batches of recurrent columns; RLlib's own default
+_DEFAULTS = AlgorithmConfig()
+# Where a config has RLlib's defaults: with those, an EnvRunner whose node is lost costs 30 s in every iteration, and an
+# exception in an environment 60 s, which all others wait for.
+_FAULT_TOLERANCE = {"env_runner_health_probe_timeout_s": 2.0, "delay_between_env_runner_restarts_s": 1.0}
+
 
 def make_progressive(
     config: AlgorithmConfig,
@@ -70,7 +76,9 @@ def make_progressive(
     """Turns an `AlgorithmConfig` into a progressive one; the config that is passed in stays as it is.
 
     Args:
-        config: PPO, APPO, IMPALA or A3C on the new API stack, single-agent, with its environment set.
+        config: PPO, APPO, IMPALA or A3C on the new API stack, single-agent, with its environment set. For columns with
+            LSTM layers, PPO, APPO and IMPALA cut episodes into sequences of `model_config`'s `max_seq_len` steps (20);
+            A3C's are its rollouts.
         tasks: what to learn, in order; see `Task`. Each task's `env_config` is merged over the config's own.
         column: what a column is made of; see `ColumnSpec.parse`.
         lateral: `"adapter"` (eq. 2), `"linear"` (eq. 1) or `"none"`.
@@ -148,7 +156,11 @@ def make_progressive(
     progressive.environment(env_config=dict(merged[0].env_config))
     module_class = ProgressiveTargetRLModule if isinstance(config, APPOConfig) else ProgressiveRLModule
     progressive.rl_module(
-        rl_module_spec=RLModuleSpec(module_class=module_class, model_config={MODEL_CONFIG_KEY: settings})
+        rl_module_spec=RLModuleSpec(
+            module_class=module_class,
+            # RLlib asks every recurrent module for the length of the sequences in its batches.
+            model_config={MODEL_CONFIG_KEY: settings, "max_seq_len": _max_seq_len(config)},
+        )
     )
     if isinstance(config, PPOConfig | IMPALAConfig) and config.add_default_connectors_to_learner_pipeline:
         use_array_pipeline(progressive)
@@ -159,9 +171,19 @@ def make_progressive(
     if config.env in ENV_IDS and config.gym_env_vectorize_mode == gym.VectorizeMode.SYNC:
         # The same observations, all environments of an EnvRunner stepped together.
         progressive.env_runners(gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT)
+    for name, seconds in _FAULT_TOLERANCE.items():
+        if getattr(config, name) == getattr(_DEFAULTS, name):
+            progressive.fault_tolerance(**{name: seconds})
     callbacks = [c for c in force_list(config.callbacks_class) if not issubclass(c, ProgressiveCallback)]
     progressive.callbacks([*callbacks, ProgressiveCallback])
     return progressive
+
+
+def _max_seq_len(config: AlgorithmConfig) -> int:
+    given = config.model_config.get("max_seq_len", MAX_SEQ_LEN)
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError(f"model_config: max_seq_len: expected a whole number from 1, got {given!r}")
+    return given
 
 
 def _env_runner_class(config: AlgorithmConfig) -> type[SingleAgentEnvRunner]:
