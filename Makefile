@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: venv train test lint format learn clean
+.PHONY: venv train reproduce-pong-soup test lint format learn bench fuzz chaos clean
 
 venv: $(READY)
 
@@ -16,6 +16,10 @@ $(READY): constraints.txt setup.cfg
 
 train: $(READY)  ## the main job: a progressive network learns Pong Soup
 	$(BIN)/rllib train -f tuned_examples/pong_soup.yaml
+
+reproduce-pong-soup: $(READY)  ## Table 1's Pong Soup rows; stop it at any time, the same again goes on
+	$(BIN)/rllib train -f tuned_examples/pong_soup_table.yaml
+	$(BIN)/rllib report runs/pong-soup-table -o runs/pong-soup-table/report.html
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -31,6 +35,15 @@ format: $(READY)
 
 learn: $(READY)  ## learning tests: minutes each
 	$(BIN)/python -m pytest -m slow
+
+bench: $(READY)  ## side-by-side benchmarks, on a quiet machine; writes docs/performance.md
+	$(BIN)/python benchmarks/bench.py
+
+fuzz: $(READY)  ## 10,000 damaged inputs for every loader: minutes
+	$(BIN)/python -m pytest -m slow tests/test_fuzz.py
+
+chaos: $(READY)  ## 50 kills of a training run's parts: tens of minutes
+	$(BIN)/python benchmarks/chaos.py --kills 50 --seed 0 --out docs/results/chaos.json --table docs/reliability.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

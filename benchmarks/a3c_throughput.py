@@ -143,6 +143,7 @@ def main() -> None:
     add("--rollout", type=int, default=20, help="T of A3C and the bare loop")
     add("--in-flight", type=int, default=1, help="A3C's max_requests_in_flight_per_env_runner")
     add("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    add("--output", type=Path, help="JSON with every turn")
     add("--only", choices=CONTESTANTS, help="one turn of one contestant; prints JSON")
     args = parser.parse_args()
     if args.only:
@@ -160,14 +161,18 @@ def main() -> None:
                 f"{turn['cpu_us_per_env_step']:.0f} us of CPU time each",
                 flush=True,
             )
+    all_ratios: dict[str, dict[str, list[float]]] = {}
     for other in ("bare", "impala"):
         if other in turns and "a3c" in turns:
             for key, what in [("env_steps_per_s", "env-steps/s"), ("cpu_us_per_env_step", "CPU time per env-step")]:
                 ratios = sorted(a[key] / b[key] for a, b in zip(turns["a3c"], turns[other], strict=True))
+                all_ratios.setdefault(other, {})[key] = ratios
                 print(
                     f"a3c / {other}, {what}: median {statistics.median(ratios):.2f} "
                     f"(min {ratios[0]:.2f}, max {ratios[-1]:.2f}, {args.rounds} rounds, T = {args.rollout})"
                 )
+    if args.output:
+        args.output.write_text(json.dumps({"command": " ".join(sys.argv), "turns": turns, "a3c_over": all_ratios}))
 
 
 if __name__ == "__main__":

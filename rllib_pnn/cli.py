@@ -16,17 +16,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rllib_pnn.experiment.environment import prepare_ray
 from rllib_pnn.experiment.errors import InputError, RunFailed, did_you_mean
-from rllib_pnn.experiment.folder import RunFolder, find_runs
+from rllib_pnn.experiment.folder import ERROR_FILE, RunFolder, find_runs
 from rllib_pnn.experiment.spec import load_plans
 
 if TYPE_CHECKING:
+    from rllib_pnn.experiment.conclude import Conclusion
     from rllib_pnn.experiment.run import Outcome
     from rllib_pnn.network.store import ColumnStore
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
+_TEXTS = ("task", "environment", "fingerprint", "name", "shows", "run", "method")  # headers of columns that hold words
 
 # Typer brings its own copy of click and exports this one exception of it; the bases are UsageError and ClickException.
 _UsageError: Any
@@ -71,7 +74,8 @@ def train(
 ) -> None:
     """Train what a tuned example describes.
 
-    Ctrl-C writes a checkpoint and prints the command that goes on from it.
+    Ctrl-C writes a checkpoint and prints the command that goes on from it. A file with a `transfer` block has one
+    folder: the same command again goes on there and repeats nothing that is finished.
     """
     path = _file_argument(words or [], file)
     if (path is None) == (resume is None):
@@ -100,7 +104,10 @@ def train(
 @app.command()
 def evaluate(
     run: RunArgument,
-    task: Annotated[str, typer.Option(metavar="NAME|all", help="On which task.")] = "all",
+    task: Annotated[
+        str,
+        typer.Option(metavar="NAME|all|auto", help="On which task; auto: on all, none told, the column guesses it."),
+    ] = "all",
     column: Annotated[int | None, typer.Option(metavar="N", help="Which column; each task's own if not given.")] = None,
     episodes: Annotated[int, typer.Option(metavar="N", min=1, help="How many episodes.")] = 10,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the environments and of the policy.")] = 0,
@@ -108,7 +115,11 @@ def evaluate(
         bool, typer.Option(help="The most probable action rather than a sample of the policy.")
     ] = False,
 ) -> None:
-    """Play the stored columns, every column on its own task (or any column on any task)."""
+    """Play the stored columns, every column on its own task (or any column on any task).
+
+    With `--task auto` nobody says which column is to play: it is chosen from the first observations of each episode,
+    and the table shows how often that was right.
+    """
     folder = _one_run(run)
     prepare_ray(verbose=False)
     import torch
@@ -124,8 +135,13 @@ def evaluate(
     entries = store.entries
     own = {entry.task: index for index, entry in enumerate(entries)}
     tasks = {spec.name: spec for spec in experiment.progressive.tasks}
+    if task == "auto":
+        if column is not None:
+            raise InputError(f"--column {column}: --task auto chooses the column itself; leave one of them out")
+        return _evaluate_auto(folder, store, episodes, seed, deterministic)
     if task != "all" and task not in tasks:
-        raise InputError(f"--task {task}: no such task, the run has {', '.join(tasks)}{did_you_mean(task, tasks)}")
+        mend = did_you_mean(task, [*tasks, "auto"])
+        raise InputError(f"--task {task}: no such task, the run has {', '.join(tasks)}{mend}")
     if column is not None and not -len(entries) <= column < len(entries):
         raise InputError(f"--column {column}: the run stored {len(entries)} columns, expected 0 to {len(entries) - 1}")
     chosen = [name for name in tasks if name in own or column is not None] if task == "all" else [task]
@@ -141,7 +157,7 @@ def evaluate(
     for name in chosen:
         index = own[name] if column is None else column % len(entries)
         env_config = {**experiment.config.get("env_config", {}), **tasks[name].env_config}
-        with console.status(f"{name}: column {index} plays {episodes} episodes"):
+        with console.status(Text(_printable(f"{name}: column {index} plays {episodes} episodes"))):
             played = evaluate_column(
                 network,
                 experiment.env,
@@ -208,7 +224,7 @@ def analyze(
     from rllib_pnn.analysis.analyze import analyze_run
 
     console = _console()
-    with _input_errors(), console.status(f"{method} of column {column}"):
+    with _input_errors(), console.status(Text(_printable(f"{method} of column {column}"))):
         summary = analyze_run(folder.path, methods, column=_column(column), out=out, num_episodes=episodes, seed=seed)
     console.print(
         f"column {summary['column']} ({summary['task']}) returns {summary['episode_return_mean']:.2f}", markup=False
@@ -238,7 +254,7 @@ def prune(
     from rllib_pnn.analysis.analyze import prune_run
 
     console = _console()
-    with _input_errors(), console.status(f"pruning column {column}"):
+    with _input_errors(), console.status(Text(_printable(f"pruning column {column}"))):
         summary = prune_run(
             folder.path, column=_column(column), out=out, max_kl=max_kl, num_episodes=episodes, seed=seed
         )
@@ -274,7 +290,7 @@ def report(
     with _input_errors(), console.status("reading runs"):
         summary = write_report(runs, out, top=top, floor=floor)
     for problem in summary["problems"]:
-        print(f"rllib: left out: {problem}", file=sys.stderr)
+        print(f"rllib: left out: {_printable(problem)}", file=sys.stderr)
     console.print(f"{summary['num_runs']} runs: wrote {_relative(Path(summary['html']))}", markup=False, soft_wrap=True)
 
 
@@ -342,7 +358,7 @@ def _column(text: str) -> int | str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"rllib: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"rllib: error: {_printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
@@ -408,23 +424,121 @@ def _stores(path: Path) -> list[tuple[Path, ColumnStore]]:
 
 def _console() -> Console:
     """Standard output; wide lines where no terminal limits them."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+
+
+class _PlainTable(Table):
+    """Cells are text from somebody's files: neither markup nor control sequences of a terminal."""
+
+    def add_row(self, *cells: Any, **kwargs: Any) -> None:
+        super().add_row(*(Text(_printable(str(cell))) for cell in cells), **kwargs)
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _table(*headers: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = _PlainTable(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for header in headers:
         table.add_column(
-            header,
-            justify="left" if header in ("task", "environment", "fingerprint", "name", "shows", "run") else "right",
+            Text(_printable(header)),
+            justify="left" if header in _TEXTS else "right",
             overflow="fold",
         )
     return table
 
 
+def _evaluate_auto(folder: RunFolder, store: ColumnStore, episodes: int, seed: int, deterministic: bool) -> None:
+    """Every task is played without its name; prints which columns were chosen and how well they did."""
+    from rllib_pnn.analysis.analyze import task_name
+    from rllib_pnn.registration import register
+    from rllib_pnn.training.evaluation import evaluate_column, evaluate_recognised
+    from rllib_pnn.training.recognition import KEY, Recogniser, Statistics, confused_pairs
+
+    register()
+    experiment, entries, network = folder.experiment, store.entries, store.load()
+    normalize = bool(experiment.config.get("normalize_actions", True))
+    base = experiment.config.get("env_config", {})
+    # A random column of baseline 4 has no task.
+    known = {task_name(e.task, e.extra): k for k, e in enumerate(entries) if e.env is not None}
+    if len(known) < 2:
+        raise InputError(f"--task auto: {store.path} holds {len(known)} column of a known task, expected at least two")
+    console = _console()
+    statistics: dict[str, Statistics] = {}
+    measured = []
+    for name, k in known.items():
+        if KEY in entries[k].extra:
+            try:
+                statistics[name] = Statistics.from_json(entries[k].extra[KEY])
+            except ValueError as error:
+                raise InputError(f"{store.path}: column {k}: extra.{KEY}: {error}") from None
+            continue
+        measured.append(str(k))
+        with console.status(f"{name}: column {k} shows what its task looks like"):
+            seen = evaluate_column(
+                network,
+                str(entries[k].env),
+                {**base, **entries[k].env_config},
+                column=k,
+                num_episodes=16,
+                seed=seed + 1_000_003,
+                normalize_actions=normalize,
+            ).first_steps
+        found = seen.statistics() if seen is not None else None
+        assert found is not None  # sixteen episodes were played
+        statistics[name] = found
+    if measured:
+        console.print(
+            f"the store says nothing on the first observations of column {', '.join(measured)}: measured just now",
+            markup=False,
+            soft_wrap=True,
+        )
+    try:
+        recogniser = Recogniser(list(statistics.values()), len(network.given_observation_shape) > 1)
+    except ValueError as error:
+        raise InputError(f"{store.path}: {error}") from None
+    columns, names = list(known.values()), list(known)
+    confusion: dict[tuple[str, str], int] = {}
+    table = _table("task", *(f"{name} ({k})" for name, k in known.items()), "right %", "return", "at freezing")
+    for name, k in known.items():
+        with console.status(f"{name}: {episodes} episodes"):
+            played = evaluate_recognised(
+                network,
+                str(entries[k].env),
+                {**base, **entries[k].env_config},
+                columns=columns,
+                recogniser=recogniser,
+                num_episodes=episodes,
+                seed=seed,
+                deterministic=deterministic,
+                normalize_actions=normalize,
+            )
+        for chosen in played.chosen:
+            pair = (name, names[columns.index(chosen)])
+            confusion[pair] = confusion.get(pair, 0) + 1
+        score = entries[k].score
+        table.add_row(
+            name,
+            *(str(confusion.get((name, other), 0)) for other in names),
+            f"{100 * confusion.get((name, name), 0) / len(played.chosen):.0f}",
+            f"{played.episode_return_mean:.2f}",
+            "-" if score is None else f"{score:.2f}",
+        )
+    console.print("episodes by task and by the column that was chosen for them:")
+    console.print(table)
+    right = sum(confusion.get((name, name), 0) for name in names)
+    total = sum(confusion.values())
+    console.print(f"right in {right} of {total} episodes ({100 * right / total:.1f} %)", markup=False)
+    for first, second in confused_pairs(confusion, names):
+        console.print(f"{first} and {second} can't be told apart by their first observations", markup=False)
+
+
 def _report(console: Console, outcome: Outcome) -> int:
     """Says what came of an experiment and what to do next; returns the exit code."""
-    rows = _result_rows(outcome)
+    if outcome.conclusion is not None:
+        return _report_transfer(console, outcome, outcome.conclusion)
+    rows = _result_rows(outcome) if not any(run.experiment.trial for run in outcome.runs) else []
     if rows:
         table = _table("run", "task", "column", "steps", "return at freezing", "fingerprint")
         for row in rows:
@@ -440,12 +554,42 @@ def _report(console: Console, outcome: Outcome) -> int:
         return 128 + outcome.stopped_by
     if outcome.failed:
         for run in outcome.failed:
-            _fail(f"{_relative(run.path)}: failed, see {_relative(run.path / 'error.txt')}", FAILED)
+            _fail(f"{_relative(run.path)}: failed: {run.failure()}; details in {ERROR_FILE} there", FAILED)
         say(f"Once that is mended:  rllib train --resume {shown}")
         return FAILED
     say(f"Done. Run folder: {shown}")
     first = _relative(outcome.runs[0].path)
     say(f"Next:  rllib evaluate {first}" if rows else f"Next:  tensorboard --logdir {shown}")
+    return DONE
+
+
+def _report_transfer(console: Console, outcome: Outcome, conclusion: Conclusion) -> int:
+    """The same for a transfer experiment whose trials are over."""
+    for part in conclusion.tables:
+        if part["rows"]:
+            console.print(f"{part['suite']}, transfer score in percent of scratch:", markup=False)
+            table = _table("method", "mean %", "median %", "trials")
+            for row in part["rows"]:
+                table.add_row(row["method"], f"{row['mean']:.0f}", f"{row['median']:.0f}", str(row["runs"]))
+            console.print(table)
+    for problem in conclusion.problems:
+        print(f"rllib: {problem}", file=sys.stderr)
+    left = [run for run in outcome.runs if run.state.status != "finished"]
+    for run in outcome.failed:
+        _fail(f"{_relative(run.path)}: failed, see {_relative(run.path / 'error.txt')}", FAILED)
+    if conclusion.report is not None:
+        console.print(f"Report: {_relative(conclusion.report)}", markup=False, soft_wrap=True)
+    if left:
+        waiting = len(left) - len(outcome.failed)
+        console.print(
+            f"{len(outcome.failed)} failed"
+            + (f", {waiting} could not start without them" if waiting else "")
+            + f". Once that is mended:  rllib train --resume {_relative(outcome.path)}",
+            markup=False,
+            soft_wrap=True,
+        )
+        return FAILED
+    console.print(f"Done. Folder: {_relative(outcome.path)}", markup=False, soft_wrap=True)
     return DONE
 
 

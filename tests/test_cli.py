@@ -1,5 +1,6 @@
 """The `rllib` command: what it prints, its exit codes, and that it works from an installed wheel."""
 
+import json
 import re
 import shutil
 import signal
@@ -127,6 +128,44 @@ def test_evaluate_any_column_on_any_task(rllib, folder: Path) -> None:
     assert {task: column for task, (column, _) in _returns(out).items()} == {"flipped": "0"}
     _, out, _ = rllib("evaluate", stored, "--column", -1, "--episodes", 2, "--deterministic")
     assert {task: column for task, (column, _) in _returns(out).items()} == {"plain": "1", "flipped": "1"}
+
+
+def test_evaluate_without_naming_the_task(rllib, folder: Path) -> None:
+    stored = soup_run(folder)  # a store that knows nothing of observations
+    code, out, _ = rllib("evaluate", stored, "--task", "auto", "--episodes", 5)
+    assert code == 0 and "column 0, 1: measured just now" in out
+    assert re.search(r"^plain +5 +0 +100 ", out, re.M) and re.search(r"^flipped +0 +5 +100 ", out, re.M)
+    assert "right in 10 of 10 episodes (100.0 %)" in out and "can't be told apart" not in out
+
+
+def test_tasks_that_look_alike_are_said_to(rllib, folder: Path) -> None:
+    stored = soup_run(folder)
+    manifest = stored / "columns" / "manifest.json"
+    alike = {"count": 9, "mean": "0 0 0 0", "std": "1 1 1 1"}
+    data = json.loads(manifest.read_text())
+    for entry in data["columns"]:
+        entry["extra"]["first_observations"] = alike
+    manifest.write_text(json.dumps(data))
+    code, out, _ = rllib("evaluate", stored, "--task", "auto", "--episodes", 2)
+    assert code == 0 and "measured" not in out
+    assert "right in 2 of 4 episodes" in out
+    assert "plain and flipped can't be told apart by their first observations" in out
+
+
+@pytest.mark.parametrize("wrong", [{"count": 9, "mean": "0 0"}, {"count": 9, "mean": "0 0", "std": "1 1"}, "nothing"])
+def test_damaged_statistics_of_observations(wrong: Any, rllib, folder: Path) -> None:
+    stored = soup_run(folder)
+    manifest = stored / "columns" / "manifest.json"
+    data = json.loads(manifest.read_text())
+    data["columns"][0]["extra"]["first_observations"] = wrong
+    manifest.write_text(json.dumps(data))
+    code, _, err = rllib("evaluate", stored, "--task", "auto")
+    assert code == 2 and err.count("\n") == 1 and "columns" in err
+
+
+def test_auto_and_a_column_contradict(rllib, folder: Path) -> None:
+    code, _, err = rllib("evaluate", soup_run(folder), "--task", "auto", "--column", 1)
+    assert code == 2 and "--task auto chooses the column itself" in err
 
 
 def test_examples(rllib) -> None:

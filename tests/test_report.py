@@ -274,3 +274,22 @@ def test_pruning_nothing_changes_no_return(cartpole, tmp_path):
     found = prune_run(run, max_kl=0.0, num_episodes=3, num_states=32, out=tmp_path / "same")
     assert found["return_before"] == found["return_after"]
     assert found["return_loss"] == 0
+
+
+def test_the_experiments_file_says_how_many_seeds_are_scored(tmp_path):
+    for seed, level in enumerate((-11, -1)):
+        run = write_run(tmp_path / "t" / f"s{seed}", {"zoom": flat(level)}, architecture="scratch", seed=seed)
+        experiment = json.loads((run / "experiment.json").read_text())
+        experiment["trial"] = {"role": "target", "searched": {"lr": 0.001 * (seed + 1)}, "top": 1}
+        (run / "experiment.json").write_text(json.dumps(experiment))
+    write_run(tmp_path / "p", {"zoom": flat(9)}, source_tasks=["pong"])
+    out = tmp_path / "t" / "report.html"
+    rows = {row["method"]: row for row in write_report([tmp_path / "t", tmp_path / "p"], out)["tables"][0]["rows"]}
+    assert rows["Progressive, 2 columns"]["mean"] == pytest.approx(200.0)  # one run says nothing: all seeds
+    experiment = json.loads((tmp_path / "p" / "experiment.json").read_text())
+    (tmp_path / "p" / "experiment.json").write_text(json.dumps({**experiment, "trial": {"role": "target", "top": 1}}))
+    rows = {row["method"]: row for row in write_report([tmp_path / "t", tmp_path / "p"], out)["tables"][0]["rows"]}
+    assert rows["Progressive, 2 columns"]["mean"] == pytest.approx(150.0)  # of the best scratch run alone
+    text = Page(out.read_text()).text
+    assert "best 1 seeds" in text and "lr 0.002" in text and "drawn" in text
+    assert " s0 " in text and f"{tmp_path / 't'}" not in text  # names from the page's folder on

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import ray
 from rich.console import Console
+from stored_columns import soup_run
 
 from rllib_pnn.experiment.algorithm import Cluster, build_config
 from rllib_pnn.experiment.environment import prepare_ray
@@ -23,7 +24,7 @@ from rllib_pnn.experiment.errors import InputError
 from rllib_pnn.experiment.folder import CheckpointRecord, ResultLog, RunFolder, create_experiment
 from rllib_pnn.experiment.progress import Display, RunProgress
 from rllib_pnn.experiment.run import _ray as connected
-from rllib_pnn.experiment.run import make_config, resume, train
+from rllib_pnn.experiment.run import _with_sources, make_config, resume, train
 from rllib_pnn.experiment.spec import Plan, load_plans
 from rllib_pnn.network import ColumnStore
 from rllib_pnn.registration import register
@@ -100,7 +101,8 @@ def test_config_of_every_shipped_example_fits_two_cores() -> None:
     register()
     for path in sorted((Path(__file__).parent.parent / "tuned_examples").glob("*.yaml")):
         for plan in load_plans(path):
-            for experiment in plan.runs.values():
+            configs = {json.dumps({**e.config, "seed": 0}, sort_keys=True): e for e in plan.runs.values()}
+            for experiment in configs.values():
                 build_config(plan, experiment, Cluster(({"CPU": 2.0},)), num_runs=len(plan.runs))
 
 
@@ -110,6 +112,23 @@ def test_make_config_is_progressive(tmp_path: Path) -> None:
     config = make_config(plan, plan.runs["seed_0"], Cluster(({"CPU": 2.0},)))
     assert config.seed == 0 and config.env_config == {"variant": "plain"}
     assert config.rl_module_spec.model_config["progressive"]["evaluation_episodes"] == 2
+
+
+def test_what_a_run_starts_from_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of tasks for the report, and a path that holds from any working directory."""
+    monkeypatch.chdir(tmp_path)
+    stored = soup_run(tmp_path)
+    text = SOUP.replace(
+        "column: [{dense: 8}]", f"column: mlp\n    architecture: finetune_all\n    columns_from: {stored}"
+    )
+    (experiment,) = _with_sources(plan_of(text, tmp_path)).runs.values()
+    assert experiment.progressive.source_tasks == ["plain", "flipped"]
+    assert experiment.progressive.columns_from == str(tmp_path / stored)
+    (same,) = _with_sources(plan_of(SOUP, tmp_path)).runs.values()
+    assert same.progressive.source_tasks is None
+    (tmp_path / stored / "columns" / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match=r"file\.yaml:\d+: soup\.progressive\.columns_from: "):
+        _with_sources(plan_of(text, tmp_path))
 
 
 # -- results on disk -------------------------------------------------------------------------------------------

@@ -396,3 +396,45 @@ def test_transfer_imports_neither_torch_nor_ray():
 def test_the_papers_table_has_every_method_label():
     for suite in transfer.PAPER_TABLE_1.values():
         assert all(transfer.method_label(method) != method for method in suite)
+
+
+# -- trials of a transfer experiment -----------------------------------------------------------------------------------
+
+
+def as_trial(path, **trial):
+    experiment = json.loads((path / "experiment.json").read_text())
+    (path / "experiment.json").write_text(json.dumps({**experiment, "trial": {"role": "target", **trial}}))
+    return path
+
+
+def test_runs_that_only_train_a_source_are_not_scored(tmp_path):
+    write_run(tmp_path / "a", {"pong": [(100, -11.0, 1)]}, architecture="scratch")
+    as_trial(write_run(tmp_path / "b", {"pong": [(100, 19.0, 1)]}, architecture="progressive"), role="source")
+    runs, _ = read_runs([tmp_path])
+    assert [task.is_source for run in runs for task in run.tasks] == [False, True]
+    (table,) = transfer_tables(runs)
+    (target,) = table.targets
+    assert [len(curves) for curves in target.curves.values()] == [1]
+    assert np.allclose(target.curves["scratch", ""], -11.0)
+
+
+def test_what_a_trial_drew(tmp_path):
+    path = as_trial(write_run(tmp_path / "a", {"pong": [(100, 1.0, 1)]}), searched={"lr": 0.001}, top=3)
+    (task,) = read_run(path).tasks
+    assert (task.searched, task.top) == ({"lr": 0.001}, 3)
+    (tmp_path / "a" / "experiment.json").write_text(
+        (tmp_path / "a" / "experiment.json").read_text().replace('{"lr": 0.001}', "[1]")
+    )
+    with pytest.raises(RunError, match=r"experiment\.json: trial\.searched: expected a mapping"):
+        read_run(path)
+
+
+def test_trials_that_wait_are_one_line(tmp_path):
+    write_run(tmp_path / "g" / "a", {"pong": [(100, 1.0, 1)]})
+    for name in ("b", "c"):
+        as_trial(write_run(tmp_path / "g" / name, {"pong": [(100, 1.0, 1)]}))
+        for file in ("result.json", "progress.csv"):
+            (tmp_path / "g" / name / file).unlink()
+    runs, problems = read_runs([tmp_path])
+    assert [run.name for run in runs] == ["a"]
+    assert problems == [f"{tmp_path / 'g'}: 2 trials have no result yet"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from rllib_pnn.analysis.fisher import average_fisher_sensitivity
 from rllib_pnn.analysis.perturbation import average_perturbation_sensitivity
 from rllib_pnn.analysis.prune import prune_laterals
 from rllib_pnn.analysis.rollouts import Rollout, column_index, column_of, play
-from rllib_pnn.analysis.runs import read_experiment
+from rllib_pnn.analysis.runs import read_experiment, read_json
 from rllib_pnn.analysis.sensitivity import METHODS, Sensitivity, agreement
 from rllib_pnn.analysis.transfer import known_floor
+from rllib_pnn.files import write_whole
 from rllib_pnn.network import ColumnStore, Conv, ProgressiveNetwork
 
 ANALYSIS_FOLDER = "analysis"
@@ -69,7 +71,7 @@ def analyze_run(
         raise ValueError(f"methods: expected one or more of {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}")
     subject = _subject(Path(run), column)
     network, k = subject.network, subject.column
-    folder = Path(out) if out is not None else Path(run) / ANALYSIS_FOLDER / f"column_{k:03d}"
+    folder = Path(out) if out is not None else _inside(Path(run), ANALYSIS_FOLDER, f"column_{k:03d}")
     found: dict[str, Sensitivity] = {}
     rollout = subject.play(num_episodes, seed, num_states, num_envs)
     summary: dict[str, Any] = {
@@ -154,7 +156,7 @@ def prune_run(
     """
     subject = _subject(Path(run), column)
     k = subject.column
-    folder = Path(out) if out is not None else Path(run) / "pruned" / f"column_{k:03d}"
+    folder = Path(out) if out is not None else _inside(Path(run), "pruned", f"column_{k:03d}")
     if folder.exists():
         raise ValueError(f"{folder}: exists already; a store is never overwritten, give another folder")
     rollout = subject.play(num_episodes, seed, num_states, num_envs)
@@ -279,6 +281,12 @@ def _subject(run: Path, column: int | str) -> _Subject:
     env = entry.env or str(read_experiment(run).get("env") or "")
     if not env:
         raise ValueError(f"{run}: column {k} ({names[k]}): neither the store nor experiment.json names its environment")
+    module = env.rpartition(":")[0]
+    if module and module not in sys.modules:
+        raise ValueError(
+            f"{run}: column {k} ({names[k]}): its environment {env!r} names a module, which making it would import; "
+            "expected the id of a registered environment"
+        )
     return _Subject(network, k, env, dict(entry.env_config), names[: k + 1], tuple(entries))
 
 
@@ -295,8 +303,8 @@ def _with_earlier(folder: Path, found: dict[str, Sensitivity]) -> list[Sensitivi
         file = folder / f"{method}.json"
         if method not in drawn and file.is_file():
             try:
-                earlier = Sensitivity.from_json(json.loads(file.read_text(encoding="utf-8")))
-            except (OSError, ValueError):
+                earlier = Sensitivity.from_json(read_json(file))
+            except ValueError:
                 continue  # it will be written anew when asked for
             if earlier.values.shape == like.values.shape and earlier.tasks == like.tasks:
                 drawn[method] = earlier
@@ -305,8 +313,18 @@ def _with_earlier(folder: Path, found: dict[str, Sensitivity]) -> list[Sensitivi
 
 def _write_json(path: Path, value: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(value, allow_nan=False) + "\n")
     return path
+
+
+def _inside(run: Path, *parts: str) -> Path:
+    """A folder in a run folder. Raises `ValueError` if a link there leads elsewhere."""
+    folder = run
+    for part in parts:
+        folder /= part
+        if folder.is_symlink():
+            raise ValueError(f"{folder}: a symbolic link, refused; give another folder to write to")
+    return folder
 
 
 def _standard_error(values: np.ndarray) -> float | None:

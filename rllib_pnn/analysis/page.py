@@ -42,7 +42,7 @@ PAGE = """\
   th { font-weight: 600; border-bottom: 2px solid #888; white-space: nowrap; }
   th:first-child, td:first-child, .text { text-align: left; }
   td .interval { display: block; color: #666; font-size: .82rem; white-space: nowrap; }
-  td.path { word-break: break-all; }
+  td.path { overflow-wrap: anywhere; min-width: 19rem; }
   .paper { background: #f6f6f6; }
   .warning { border-left: 4px solid #d55e00; background: #fdf3ec; padding: .5rem .9rem; }
   .warning li { word-break: break-word; }
@@ -82,21 +82,31 @@ Every seed counts.
 {% endif %}
 Brackets: {{ suite.confidence }} bootstrap intervals over seeds, drawn within each cell.
 {% if suite.single %}
-A dash in their place: one seed only.
+Without brackets: one seed only.
 {% endif %}
 </p>
 <div class="wide"><table>
 <tr><th>method</th><th>mean %</th><th>median %</th><th>IQM %</th><th>cells</th><th>runs</th>
-<th class="paper">paper, mean %</th><th class="paper">paper, median %</th></tr>
+{% if suite.has_paper %}
+<th class="paper">paper, mean %</th><th class="paper">paper, median %</th>
+{% endif %}
+</tr>
 {% for row in suite.rows %}
 <tr><td>{{ row.label }}</td>
 {% for cell in row.statistics %}<td>{{ cell.value }}<span class="interval">{{ cell.interval }}</span></td>{% endfor %}
 <td>{{ row.cells }}</td><td>{{ row.runs }}</td>
-<td class="paper">{{ row.paper_mean }}</td><td class="paper">{{ row.paper_median }}</td></tr>
+{% if suite.has_paper %}
+<td class="paper">{{ row.paper_mean }}</td><td class="paper">{{ row.paper_median }}</td>
+{% endif %}
+</tr>
 {% endfor %}
 </table></div>
 <p class="quiet">Mean and median are over source and target pairs, as in the paper ({{ paper }}); IQM, the mean of the
-middle half, is over all runs. The paper's figures come from the best 3 of 25 jobs with random hyper-parameters.</p>
+middle half, is over all runs.
+{% if suite.has_paper %}
+The paper's figures come from the best 3 of 25 jobs with random hyper-parameters.
+{% endif %}
+</p>
 {% endif %}
 {% for figure in suite.figures %}
 {{ picture(figure) }}
@@ -158,10 +168,12 @@ section 3).</p>
 <summary>{{ num_curves }} learning curve{{ '' if num_curves == 1 else 's' }}</summary>
 <div class="wide"><table>
 <tr><th>run</th><th class="text">task</th><th class="text">method</th><th class="text">source</th>
-<th class="text">algorithm</th><th>seed</th><th>steps</th><th>last return</th><th class="text">state</th></tr>
+<th class="text">algorithm</th><th>seed</th>{% if searched %}<th class="text">drawn</th>{% endif %}
+<th>steps</th><th>last return</th><th class="text">state</th></tr>
 {% for row in run_rows %}
 <tr><td class="path">{{ row.run }}</td><td class="text">{{ row.task }}</td><td class="text">{{ row.method }}</td>
 <td class="text">{{ row.source }}</td><td class="text">{{ row.algorithm }}</td><td>{{ row.seed }}</td>
+{% if searched %}<td class="text">{{ row.searched }}</td>{% endif %}
 <td>{{ row.steps }}</td><td>{{ row.last }}</td><td class="text">{{ row.state }}</td></tr>
 {% endfor %}
 </table></div></details>

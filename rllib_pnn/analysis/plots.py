@@ -19,6 +19,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rllib_pnn.analysis.runs import Run
@@ -33,6 +34,7 @@ from rllib_pnn.analysis.transfer import (
     method_order,
     step_grid,
 )
+from rllib_pnn.files import write_whole
 
 DPI = 144
 INK = "#222222"
@@ -55,12 +57,16 @@ _MANY_RUNS = 10  # from here on single curves hide one another, and a band shows
 def save(figure: Figure, path: Path) -> Path:
     """Writes a figure as PNG; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(figure))
+    write_whole(path, png(figure))
     return path
 
 
 def png(figure: Figure) -> bytes:
     """A figure as PNG."""
+    for text in figure.findobj(Text):
+        # Names come from somebody's files: a dollar is no formula, and fonts know no control characters.
+        text.set_parse_math(False)
+        text.set_text("".join(c if c.isprintable() or c == "\n" else "?" for c in text.get_text()))
     buffer = io.BytesIO()
     # No date and no version inside: equal data gives equal bytes.
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
@@ -110,11 +116,13 @@ def plot_transfer_table(table: TransferTable) -> Figure:
                 axis.plot(row.paper[position], y + offset, marker, mfc="white", mec=GREY, mew=1.3, ms=7, zorder=1)
     for name, _, marker, _ in kinds:
         axis.plot([], [], marker, color=INK, ms=7, label=name)
-        axis.plot([], [], marker, mfc="white", mec=GREY, mew=1.3, ms=7, label=f"{name}, Rusu et al. 2016")
+        if any(row.paper for row in table.rows):
+            axis.plot([], [], marker, mfc="white", mec=GREY, mew=1.3, ms=7, label=f"{name}, Rusu et al. 2016")
     axis.axvline(100, color=GREY, lw=1, ls=":")
     axis.set_yticks(range(len(table.rows)), [row.label for row in table.rows])
     axis.invert_yaxis()
-    axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
+    highest = axis.get_xlim()[1]
+    axis.set_xlim(min(0.0, axis.get_xlim()[0]), max(highest, 110.0))
     axis.set_xlabel("transfer score, % of scratch")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     _tidy(axis)

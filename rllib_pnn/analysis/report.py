@@ -40,6 +40,7 @@ from rllib_pnn.analysis.transfer import (
 
 ANALYSIS_FOLDER = "analysis"
 MAX_CHAINS = 12
+MAX_ANALYSES = 60
 DASH = "–"
 
 
@@ -63,17 +64,22 @@ def write_report(
     Args:
         runs: run folders, or folders that hold some.
         out: the HTML file.
-        floor, horizon, num_points, top, confidence, seed: see `transfer_tables`.
+        floor, horizon, num_points, top, confidence, seed: see `transfer_tables`; without `top`, what the runs'
+            experiment files say (`transfer: {top: 3}`), if all say the same.
 
     Returns:
         `html`, `json` and `pictures`, the paths written; `num_runs`, `problems` (runs that could not be read, a line
-        each) and `notes`.
+        each) and `notes`; `tables`, for each suite its name and rows of Table 1.
 
     Raises:
         ValueError: no run could be read, or `out` can't be written; one line.
     """
     out = Path(out)
     read, problems = read_runs(runs)
+    names = _names(read, out)
+    if top is None:
+        asked = {task.top for run in read for task in run.tasks if not task.is_source}
+        top = asked.pop() if len(asked) == 1 else None
     tables = transfer_tables(
         read, floor=floor, horizon=horizon, num_points=num_points, top=top, confidence=confidence, seed=seed
     )
@@ -82,7 +88,12 @@ def write_report(
     notes = [note for run in read for note in run.notes]
     if len(chains) > MAX_CHAINS:
         notes.append(f"{len(chains) - MAX_CHAINS} more runs of several tasks are in the list of runs only")
-    analyses = [analysis for run in read for analysis in _analyses(run, pictures, notes)]
+    analysed = [run for run in read if (run.path / ANALYSIS_FOLDER).is_dir()]
+    if len(analysed) > MAX_ANALYSES:
+        notes.append(f"the sensitivities of {len(analysed) - MAX_ANALYSES} more runs are not shown")
+    analyses = [
+        analysis for run in analysed[:MAX_ANALYSES] for analysis in _analyses(run, names[run.path], pictures, notes)
+    ]
     tasks = [task for run in read for task in run.tasks]
     context = {
         "title": title,
@@ -93,9 +104,10 @@ def write_report(
         "problems": problems,
         "paper": PAPER,
         "suites": [_suite(table, pictures) for table in tables],
-        "chains": [_chain(run, tables, pictures) for run in chains[:MAX_CHAINS]],
+        "chains": [_chain(run, names[run.path], tables, pictures) for run in chains[:MAX_CHAINS]],
         "analyses": analyses,
-        "run_rows": [_run_row(task) for task in tasks],
+        "run_rows": [_run_row(task, names[task.run]) for task in tasks],
+        "searched": any(task.searched for task in tasks),
         "smoothed": sum(task.smoothed for task in tasks),
         "notes": notes,
     }
@@ -115,6 +127,16 @@ def write_report(
         "num_runs": len(read),
         "problems": problems,
         "notes": [*notes, *(note for table in tables for note in table.notes)],
+        "tables": [
+            {
+                "suite": table.suite,
+                "rows": [
+                    {"method": row.label, "mean": row.mean.value, "median": row.median.value, "runs": row.num_seeds}
+                    for row in table.rows
+                ],
+            }
+            for table in tables
+        ],
     }
 
 
@@ -181,7 +203,12 @@ def _suite(table: TransferTable, pictures: _Pictures) -> dict[str, Any]:
                 f"{table.suite} transfer table",
                 plots.plot_transfer_table(table),
                 "Transfer scores of each method with intervals, beside the paper's",
-                "The table as a picture. Hollow marks: the paper's figures, from other budgets and hyper-parameters.",
+                "The table as a picture."
+                + (
+                    " Hollow marks: the paper's figures, from other budgets and hyper-parameters."
+                    if any(row.paper for row in table.rows)
+                    else ""
+                ),
             ),
         )
         figures.append(
@@ -199,6 +226,7 @@ def _suite(table: TransferTable, pictures: _Pictures) -> dict[str, Any]:
         "top": table.top,
         "confidence": f"{table.confidence:.0%}",
         "single": any(math.isnan(row.mean.low) for row in table.rows),
+        "has_paper": any(row.paper for row in table.rows),
         "floors": [
             {"value": f"{floor.value:g}", "why": floor.why, "targets": ", ".join(targets)}
             for floor, targets in floors.items()
@@ -231,7 +259,7 @@ def _suite(table: TransferTable, pictures: _Pictures) -> dict[str, Any]:
     }
 
 
-def _chain(run: Run, tables: Sequence[TransferTable], pictures: _Pictures) -> dict[str, Any]:
+def _chain(run: Run, name: str, tables: Sequence[TransferTable], pictures: _Pictures) -> dict[str, Any]:
     measured = {result.task: result for result in run.column_results}
     rows = []
     for task in run.tasks:
@@ -249,7 +277,7 @@ def _chain(run: Run, tables: Sequence[TransferTable], pictures: _Pictures) -> di
         )
     caption = "Average return of the episodes that ended in each of 60 windows of a task."
     figure = pictures.add(f"{run.name} tasks", plots.plot_run(run), f"Return of {run.name} over its tasks", caption)
-    return {"name": str(run.path), "rows": rows, "figure": figure}
+    return {"name": name, "rows": rows, "figure": figure}
 
 
 def _forward_transfer(task: TaskRun, tables: Sequence[TransferTable]) -> str:
@@ -272,7 +300,7 @@ def _forward_transfer(task: TaskRun, tables: Sequence[TransferTable]) -> str:
     return DASH
 
 
-def _analyses(run: Run, pictures: _Pictures, notes: list[str]) -> list[dict[str, Any]]:
+def _analyses(run: Run, name: str, pictures: _Pictures, notes: list[str]) -> list[dict[str, Any]]:
     """What `rllib analyze` left in the run folder; a damaged file is a note."""
     found = []
     for folder in sorted((run.path / ANALYSIS_FOLDER).glob("column_*")):
@@ -309,7 +337,7 @@ def _analyses(run: Run, pictures: _Pictures, notes: list[str]) -> list[dict[str,
         figures += _filters(run, folder, first.tasks, pictures, notes)
         found.append(
             {
-                "name": f"{run.path}: policy of {task}",
+                "name": f"{name}: policy of {task}",
                 "figures": figures,
                 "notes": [note for s in sensitivities.values() for note in s.notes],
             }
@@ -328,7 +356,7 @@ def _filters(
     except RunError as error:
         notes.append(str(error))
         return []
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         notes.append(f"{file}: not filters: {type(error).__name__}: {error}")
         return []
     return [
@@ -352,12 +380,13 @@ def _settings(sensitivity: Sensitivity) -> str:
     return f"APS over {settings.get('num_episodes', '?')} episodes a score{level}"
 
 
-def _run_row(task: TaskRun) -> dict[str, str]:
+def _run_row(task: TaskRun, name: str) -> dict[str, str]:
     reached = "ended by its return" if task.ended_by_return else "ended by its steps"
     return {
-        "run": str(task.run),
+        "run": name,
         "task": task.task,
-        "method": method_label(task.method),
+        "method": "(trains a source)" if task.is_source else method_label(task.method),
+        "searched": ", ".join(f"{key} {_plain(value)}" for key, value in task.searched.items()),
         "source": task.source or DASH,
         "algorithm": task.algorithm,
         "seed": DASH if task.seed is None else str(task.seed),
@@ -370,11 +399,26 @@ def _run_row(task: TaskRun) -> dict[str, str]:
 # -- parts -----------------------------------------------------------------------------------------------------------
 
 
+def _names(runs: Sequence[Run], out: Path) -> dict[Path, str]:
+    """What a reader may call each run: its path, from the page's folder on if it is below that."""
+    folder = out.absolute().parent
+    return {
+        run.path: str(run.path.absolute().relative_to(folder))
+        if run.path.absolute().is_relative_to(folder)
+        else str(run.path)
+        for run in runs
+    }
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _statistic(interval: Interval) -> dict[str, str]:
     known = not math.isnan(interval.low)
     return {
         "value": f"{interval.value:.0f}",
-        "interval": f"[{interval.low:.0f}, {interval.high:.0f}]" if known else DASH,
+        "interval": f"[{interval.low:.0f}, {interval.high:.0f}]" if known else "",
     }
 
 
@@ -395,7 +439,7 @@ def _write(path: Path, text: str) -> None:
     """Whole or not at all: a report that is open in a browser is never half a page."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # JSON may hold half a character
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -18,10 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from rllib_pnn.files import RefusedFile, read_regular
+
 EXPERIMENT_FILE = "experiment.json"
 RESULT_FILE = "result.json"
 PROGRESS_FILE = "progress.csv"
 MANIFEST_FILE = "columns/manifest.json"
+MAX_JSON_BYTES = 64 * 2**20
+MAX_RESULT_BYTES = 2**30
 
 _INCOMPLETE = "{file}: the last line is incomplete (the run was killed while writing it) and was left out"
 
@@ -63,6 +67,12 @@ class TaskRun:
     step_budget: float | None
     """`until.num_env_steps`, None if the task has none."""
     algorithm: str = ""
+    is_source: bool = False
+    """It trained a column that a transfer experiment's trials start from; its score is not asked for."""
+    searched: Mapping[str, Any] = field(default_factory=dict)
+    """Hyper-parameters that were drawn for it."""
+    top: int | None = None
+    """How many jobs of a cell its experiment file wants scored."""
 
     @property
     def last_step(self) -> float:
@@ -175,15 +185,24 @@ def read_run(path: Path | str) -> Run:
 def read_runs(paths: Iterable[Path | str]) -> tuple[list[Run], list[str]]:
     """Reads every run folder at or below `paths`; the second list says in one line each which could not be read.
 
+    Trials of a transfer experiment that wait for their turn are one line together.
+
     Raises:
         RunError: none could be read.
     """
-    runs, problems = [], []
+    runs: list[Run] = []
+    problems: list[str] = []
+    waiting: dict[Path, int] = {}
     for path in find_runs(paths):
+        if _waits(path):
+            waiting[path.parent] = waiting.get(path.parent, 0) + 1
+            continue
         try:
             runs.append(read_run(path))
         except RunError as error:
             problems.append(str(error))
+    for folder, count in waiting.items():
+        problems.append(f"{folder}: {count} trial{'s have' if count > 1 else ' has'} no result yet")
     if not runs:
         raise RunError(problems[0] if problems else "no run folders given")
     return runs, problems
@@ -214,14 +233,24 @@ def experiment_tasks(run: Path | str, experiment: Mapping[str, Any]) -> list[Map
 
 def read_json(file: Path) -> Any:
     """A JSON file's value. Raises `RunError` with one line if it is missing, unreadable or not JSON."""
+    text = _read_text(file, MAX_JSON_BYTES)
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{file}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{file}: cannot be read: {error}") from error
+        return json.loads(text)
+    except RecursionError:
+        raise RunError(f"{file}: nested too deeply") from None
     except ValueError as error:
         raise RunError(f"{file}: not JSON: {error}") from error
+
+
+def _read_text(file: Path, limit: int) -> str:
+    try:
+        return read_regular(file, limit).decode("utf-8")
+    except FileNotFoundError:
+        raise RunError(f"{file}: no such file") from None
+    except RefusedFile as error:
+        raise RunError(str(error)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{file}: cannot be read: {error}") from error
 
 
 def number(value: Any) -> float:
@@ -230,7 +259,7 @@ def number(value: Any) -> float:
         return math.nan
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
@@ -246,6 +275,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _waits(path: Path) -> bool:
+    """A trial of a transfer experiment that has not got to its first result."""
+    if (path / RESULT_FILE).is_file() or (path / PROGRESS_FILE).is_file():
+        return False
+    try:
+        return isinstance(read_experiment(path).get("trial"), dict)
+    except RunError:
+        return False
+
+
 # -- rows ----------------------------------------------------------------------------------------------------------
 
 
@@ -255,10 +294,7 @@ def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         file = path / name
         if not file.is_file():
             continue
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"{file}: cannot be read: {error}") from error
+        text = _read_text(file, MAX_RESULT_BYTES)
         rows = list(reader(file, text, notes))
         if rows:
             return rows
@@ -290,6 +326,8 @@ def _parse_line(line: str) -> dict[str, Any] | None:
     while start >= 0:
         try:
             result = json.loads(line[start:])
+        except RecursionError:
+            return None
         except ValueError:
             # A nested object never parses here, for it is followed by the rest of the object around it.
             start = line.find("{", start + 1)
@@ -387,6 +425,8 @@ def _task_run(
         earlier = earlier[-1:]
     if not earlier and architecture != "random_column":
         architecture = "scratch"
+    trial = _section(experiment, "trial", path / EXPERIMENT_FILE)
+    top = trial.get("top")
     until = _section(spec, "until", path / EXPERIMENT_FILE)
     budget = number(until.get("num_env_steps"))
     return TaskRun(
@@ -405,6 +445,9 @@ def _task_run(
         finished=any(str(rows[-1].get(f"progressive/{key}")).lower() == "true" for key in ("task_over", "finished")),
         step_budget=None if math.isnan(budget) else budget,
         algorithm=str(experiment.get("run", "")),
+        is_source=trial.get("role") == "source",
+        searched=_section(trial, "searched", path / EXPERIMENT_FILE, "trial."),
+        top=top if isinstance(top, int) and not isinstance(top, bool) and top > 0 else None,
     )
 
 

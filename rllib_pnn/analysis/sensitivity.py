@@ -66,7 +66,7 @@ class Sensitivity:
             tasks, notes = tuple(map(str, data.get("tasks", []))), tuple(map(str, data.get("notes", [])))
             method, column = str(data["method"]), int(data["column"])
             settings = dict(data.get("settings", {}))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"not a sensitivity: {type(error).__name__}: {error}") from None
         shape = (len(layers), column + 1)
         if (

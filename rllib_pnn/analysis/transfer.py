@@ -421,7 +421,8 @@ def transfer_tables(
     """One table a suite of games (Pong Soup, Atari, ...), from run folders.
 
     Args:
-        runs: from `read_runs`. Every task of every run gives one curve.
+        runs: from `read_runs`. Every task of every run gives one curve, but those trials of a transfer experiment
+            that only trained a source: their steps and seeds are not those of the trials that are scored.
         floor: overrides `known_floor`, for all targets or by target.
         horizon: agent steps over which areas are taken. By default, for each target, the shortest run that was not
             stopped early by a good return; runs shorter than half of the longest are left out and noted.
@@ -436,6 +437,8 @@ def transfer_tables(
     by_target: dict[tuple[str, str], list[TaskRun]] = {}
     for run in runs:
         for task in run.tasks:
+            if task.is_source:
+                continue
             by_target.setdefault((suite_of(task.env), task.task), []).append(task)
 
     tables = []

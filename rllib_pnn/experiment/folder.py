@@ -9,6 +9,11 @@
             params.json                       the whole AlgorithmConfig
             checkpoint_000007/ ...            RLlib's checkpoints, the last few
             columns/                          the frozen columns (a ColumnStore)
+            analysis/                         sensitivities, from `rllib analyze`
+    runs/pong-soup-transfer/                  a transfer experiment: one folder, whenever its file is trained
+        source_pong_seed_0/                   a trial whose columns others start from
+        pong_to_noisy_progressive_seed_0/     a trial that is scored
+        report.html                           what `rllib report` makes of all of them
 
 What a killed run leaves is enough to go on from: every file is moved into place whole, and a checkpoint counts once
 `state.json` names it.
@@ -19,7 +24,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +34,9 @@ from typing import IO, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rllib_pnn.experiment.errors import InputError
+from rllib_pnn.experiment.errors import InputError, short
 from rllib_pnn.experiment.spec import Experiment, Plan, load_experiment
+from rllib_pnn.files import RefusedFile, read_regular, write_whole
 
 try:
     import fcntl
@@ -39,6 +47,9 @@ PLAN_FILE = "plan.json"
 EXPERIMENT_FILE = "experiment.json"
 STATE_FILE = "state.json"
 LOCK_FILE = ".lock"
+ERROR_FILE = "error.txt"
+MAX_JSON_BYTES = 4 * 2**20
+MAX_RESULT_BYTES = 2**30
 RESULT_FILE = "result.json"
 PROGRESS_FILE = "progress.csv"
 COLUMNS_FOLDER = "columns"
@@ -105,16 +116,19 @@ class RunFolder:
         """Raises `InputError` if `state.json` is damaged; a run that never started has none."""
         file = self.path / STATE_FILE
         try:
-            return RunState.model_validate_json(file.read_bytes())
+            return RunState.model_validate_json(read_regular(file, MAX_JSON_BYTES))
         except FileNotFoundError:
             return RunState()
+        except RefusedFile as error:
+            raise InputError(str(error)) from None
         except (OSError, ValidationError) as error:
-            raise InputError(f"{file}: damaged: {str(error).splitlines()[0]}") from None
+            raise InputError(f"{file}: damaged: {_first_line(error)}") from None
 
     @property
     def checkpoints(self) -> list[CheckpointRecord]:
         """The complete checkpoints that are still there, oldest first."""
-        return [record for record in self.state.checkpoints if (self.path / record.folder).is_dir()]
+        folders = [(record, self.path / record.folder) for record in self.state.checkpoints]
+        return [record for record, folder in folders if folder.is_dir() and not folder.is_symlink()]
 
     def set_status(self, status: Status) -> None:
         write_json(self.path / STATE_FILE, self.state.model_copy(update={"status": status}).model_dump())
@@ -124,18 +138,47 @@ class RunFolder:
         kept = [old for old in self.checkpoints if old.index < record.index]
         write_json(self.path / STATE_FILE, self.state.model_copy(update={"checkpoints": [*kept, record]}).model_dump())
 
+    def failure(self) -> str:
+        """Why the run failed and what is left of it, in one line: the exception that ends `error.txt`."""
+        try:
+            text = read_regular(self.path / ERROR_FILE, MAX_JSON_BYTES).decode("utf-8", "replace")
+        except (OSError, RefusedFile):
+            text = ""
+        checkpoints = self.checkpoints
+        last = (
+            f"last good checkpoint: {checkpoints[-1].folder} of iteration {checkpoints[-1].training_iteration}"
+            if checkpoints
+            else "there is no checkpoint yet"
+        )
+        return f"{last_exception(text)}; {last}"
+
     def last_result(self) -> dict[str, Any]:
         """The last complete row of `result.json`; {} if there is none."""
         try:
-            lines = (self.path / RESULT_FILE).read_text(encoding="utf-8").splitlines()
-        except (FileNotFoundError, UnicodeDecodeError):
+            lines = read_regular(self.path / RESULT_FILE, MAX_RESULT_BYTES).decode("utf-8").splitlines()
+        except (FileNotFoundError, UnicodeDecodeError, RefusedFile):
             return {}
         for line in reversed(lines):
             try:
                 return dict(json.loads(line))
-            except ValueError:
+            except (ValueError, TypeError, RecursionError):
                 continue
         return {}
+
+
+def last_exception(traceback: str, limit: int = 500) -> str:
+    """The last exception that a traceback names, in one line; "unknown" if there is none."""
+    lines = [line.strip() for line in traceback.splitlines() if line.strip() and not line.startswith("Failure # ")]
+    named = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt|Trouble)\b")
+    found = [i for i, line in enumerate(lines) if named.match(line)]
+    # A process that was killed leaves no exception; what Ray says first about it is the best of many words.
+    message = " ".join(lines[found[-1] :]) if found else lines[0] if lines else "unknown"
+    name, colon, rest = message.partition(": ")
+    if name.endswith("TrainingTrouble"):
+        message = rest  # it says all
+    elif colon:
+        message = f"{name.rpartition('.')[2]}: {rest}"
+    return message if len(message) <= limit else message[: limit - 3] + "..."
 
 
 def create_experiment(storage: Path, plan: Plan) -> Path:
@@ -165,8 +208,84 @@ def create_experiment(storage: Path, plan: Plan) -> Path:
     return path
 
 
+def transfer_folder(storage: Path, plan: Plan) -> Path:
+    """Where a transfer experiment lives in `storage`, whenever it is trained: what is finished there is kept."""
+    return storage / plan.name.replace(" ", "-")
+
+
+def check_transfer(path: Path, plan: Plan) -> None:
+    """Raises `InputError` if a trial was started in `path` with other settings than the plan's. Writes nothing."""
+    if not path.exists():
+        return
+    if not (path / PLAN_FILE).is_file() and any(not file.name.startswith(".") for file in path.iterdir()):
+        raise InputError(f"{path}: holds no {PLAN_FILE}, so it is no transfer experiment; choose another --storage")
+    for name, experiment in plan.runs.items():
+        run = RunFolder(path / name)
+        if not (run.path / EXPERIMENT_FILE).is_file() or run.state.status == "waiting":
+            continue
+        key, old, new = _difference(_settings(run.experiment), _settings(experiment)) or ("", None, None)
+        if key:
+            raise InputError(
+                f"{run.path}: was trained with {key} {short(old)}, the file says {short(new)}; change it back, choose "
+                "another --storage, or remove what is to be trained anew"
+            )
+
+
+def make_folder(path: Path) -> Path:
+    """Raises `InputError` if it can't be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--storage {path.parent}: {error.filename or path}: {error.strerror or error}") from None
+    return path
+
+
+def open_transfer(path: Path, plan: Plan) -> None:
+    """Writes the plan of a transfer experiment into its folder, or adds the trials that are new in the file.
+
+    Trials that the file has no more stay.
+
+    Raises:
+        InputError: the folder can't be written to.
+    """
+    try:
+        known = read_plan(path).runs if (path / PLAN_FILE).is_file() else []
+        # The plan first: its trials need not be there yet, and a folder without a plan would be nobody's.
+        runs = list(dict.fromkeys([*known, *plan.runs]))
+        contents = PlanFile(name=plan.name, source=str(plan.source.path.absolute()), runs=runs)
+        write_json(path / PLAN_FILE, contents.model_dump())
+        for name, experiment in plan.runs.items():
+            (path / name).mkdir(exist_ok=True)
+            write_json(path / name / EXPERIMENT_FILE, experiment.model_dump(mode="json"))
+    except OSError as error:
+        raise InputError(f"--storage {path.parent}: {error.filename or path}: {error.strerror or error}") from None
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """What a trial's result depends on."""
+    settings = experiment.model_dump(mode="json", exclude={"name", "checkpoint_config"})
+    settings["trial"] = {key: (settings["trial"] or {}).get(key) for key in ("role", "source_run")}
+    return settings
+
+
+def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """Key path of the first difference, and both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            found = _difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+            if found:
+                return found
+        return None
+    return None if old == new else (where, old, new)
+
+
 def check_storage(storage: Path) -> None:
     """Raises `InputError` unless folders can be made in `storage`. Makes nothing."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(storage)):  # Path() makes one slash of two
+        raise InputError(
+            f"--storage {storage}: expected a folder that all nodes see (NFS, EFS, a mounted bucket), got a URI; from "
+            "Python, Tune's own storage_path takes one, and columns are uploaded there (see docs/cluster.md)"
+        )
     ancestor = storage.absolute()
     while not os.path.lexists(ancestor):
         ancestor = ancestor.parent
@@ -214,9 +333,15 @@ def read_plan(path: Path) -> PlanFile:
     """Reads `plan.json`. Raises `InputError` if it is damaged."""
     file = path / PLAN_FILE
     try:
-        return PlanFile.model_validate_json(file.read_bytes())
+        return PlanFile.model_validate_json(read_regular(file, MAX_JSON_BYTES))
+    except RefusedFile as error:
+        raise InputError(str(error)) from None
     except (OSError, ValidationError) as error:
-        raise InputError(f"{file}: damaged: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{file}: damaged: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def lock(path: Path) -> IO[str]:
@@ -245,16 +370,12 @@ def write_json(path: Path, data: Any) -> None:
     write_whole(path, json.dumps(data, indent=2) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _iteration(value: Any) -> float:
+    """A row's training iteration; infinite, and so not kept, for a damaged row."""
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.inf
 
 
 class ResultLog:
@@ -291,26 +412,30 @@ class ResultLog:
 
     def _rewind(self, training_iteration: int) -> list[dict[str, Any]]:
         try:
-            text = self._result_file.read_text(encoding="utf-8", errors="replace")
+            text = read_regular(self._result_file, MAX_RESULT_BYTES).decode("utf-8", "replace")
         except FileNotFoundError:
             text = ""
+        except RefusedFile as error:
+            raise InputError(str(error)) from None
         kept = []
         for line in text.split("\n"):
             try:
-                iteration = json.loads(line)["training_iteration"]
-            except (ValueError, KeyError, TypeError):
+                iteration = _iteration(json.loads(line)["training_iteration"])
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # the half line of a killed run
             if iteration <= training_iteration:
                 kept.append(line)
         if kept or text:
             write_whole(self._result_file, "".join(line + "\n" for line in kept))
-        return [row for row in self._read_csv() if float(row.get("training_iteration") or "inf") <= training_iteration]
+        return [row for row in self._read_csv() if _iteration(row.get("training_iteration")) <= training_iteration]
 
     def _read_csv(self) -> list[dict[str, Any]]:
         try:
-            text = self._progress_file.read_text(encoding="utf-8", errors="replace")
+            text = read_regular(self._progress_file, MAX_RESULT_BYTES).decode("utf-8", "replace")
         except FileNotFoundError:
             return []
+        except RefusedFile as error:
+            raise InputError(str(error)) from None
         whole = text[: text.rfind("\n") + 1]
         return [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(io.StringIO(whole, newline=""))]
 

@@ -18,6 +18,7 @@ from rllib_pnn.experiment.spec import METRIC_NAMES, Experiment
 
 LINE_EVERY_S = 10.0
 SPEED_WINDOW_S = 60.0
+MAX_ROWS = 12  # of the live table, unless more runs are at work
 
 
 class RunProgress:
@@ -32,11 +33,13 @@ class RunProgress:
     def __init__(self, name: str, experiment: Experiment, clock: Callable[[], float] = time.monotonic) -> None:
         self.name = name
         self.phase = "waiting"
+        self.number: int | None = None  # which of the runs it is, in the order of their starts
         self.task: str | None = None
         self.task_index = 0
         self.column: int | None = None
         self.steps = 0  # env steps on this task
         self.total_steps = 0
+        self.steps_before = 0  # of them, those that an earlier session took
         self.episode_return = math.nan
         self.target: float | None = None
         self.iteration = 0
@@ -60,10 +63,13 @@ class RunProgress:
     def update(self, result: Mapping[str, Any]) -> bool:
         """Takes in a training result; True if it is the first of a task or ends one."""
         before = (self.phase == "training", self.task_index)
+        first_of_session = self.phase == "resuming" and not self.total_steps
         self.phase = "training"
         self.iteration = int(result.get("training_iteration") or 0)
         runners = result.get("env_runners") or {}
         self.total_steps = int(result.get("num_env_steps_sampled_lifetime") or self.total_steps)
+        if first_of_session:
+            self.steps_before = self.total_steps
         progressive = result.get("progressive")
         if progressive:
             self.task = str(progressive["task"])
@@ -117,6 +123,14 @@ class RunProgress:
         later = sum(budget or 0 for budget in self._budgets[self.task_index + 1 :])
         return (max(0, self.budget - self.steps) + later) / self.steps_per_s if self.steps_per_s > 0 else math.nan
 
+    @property
+    def steps_left(self) -> int:
+        """Env steps that its tasks may still take; 0 if over or unknown."""
+        if self.phase in ("finished", "failed"):
+            return 0
+        budgets = self._budgets or [self.budget]
+        return max(0, sum(budget or 0 for budget in budgets[self.task_index :]) - self.steps)
+
     def line(self) -> str:
         """Everything in one line."""
         if self.phase != "training":
@@ -146,6 +160,7 @@ class Display:
         self.console = console
         self.runs = list(runs)
         self._title = title
+        self._over_before = sum(run.phase == "finished" for run in self.runs)
         self._start = time.monotonic()
         self._last_line: dict[str, float] = {}
         self._live = Live(
@@ -165,6 +180,29 @@ class Display:
         """Nothing: Tune pickles its callbacks into `tuner.pkl`, and a terminal can't be kept there."""
         return {}
 
+    def started(self, run: RunProgress, phase: str) -> None:
+        """A run (re)starts; it gets its number at its first start."""
+        run.started(phase)
+        if run.number is None:
+            run.number = self._over_before + 1 + sum(other.number is not None for other in self.runs)
+
+    def ended(self, run: RunProgress, phase: str) -> None:
+        """A run is "finished" or "failed"; says where all stand if there are several."""
+        run.phase = phase
+        if len(self.runs) > 1:
+            self.say(f"{_duration(time.monotonic() - self._start)}  {self.standing()}")
+
+    def standing(self) -> str:
+        """How many runs are over, and how long the rest may take."""
+        over = sum(run.phase == "finished" for run in self.runs)
+        failed = sum(run.phase == "failed" for run in self.runs)
+        text = f"{over} of {len(self.runs)} finished" + (f", {failed} failed" if failed else "")
+        left = sum(run.steps_left for run in self.runs)
+        taken = sum(run.total_steps - run.steps_before for run in self.runs if run.number is not None)
+        elapsed = time.monotonic() - self._start
+        # Over all that has happened since the start: starting a run takes its time too.
+        return text + (f", {_eta(left * elapsed / taken)} left" if left and taken > 0 else "")
+
     def changed(self, run: RunProgress, *, now: bool) -> None:
         """A run made progress; `now` if that is worth a line of its own."""
         if self.console.is_terminal:
@@ -172,7 +210,8 @@ class Display:
         elapsed = time.monotonic() - self._start
         if now or elapsed - self._last_line.get(run.name, -math.inf) >= LINE_EVERY_S:
             self._last_line[run.name] = elapsed
-            self.say(f"{_duration(elapsed)}  {run.line()}")
+            number = f"{run.number}/{len(self.runs)}  " if run.number is not None and len(self.runs) > 1 else ""
+            self.say(f"{_duration(elapsed)}  {number}{run.line()}")
 
     def say(self, message: str) -> None:
         """A line that stays, above the table."""
@@ -182,6 +221,8 @@ class Display:
         """The table as it stands now."""
         progressive = any(run.num_tasks for run in self.runs)
         title = Text.assemble((self._title, "bold"), ("   " + _duration(time.monotonic() - self._start), "dim"))
+        if len(self.runs) > 1:
+            title.append(f"   {self.standing()}", "dim")
         table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("run", no_wrap=True)
         if progressive:
@@ -190,8 +231,8 @@ class Display:
         table.add_column("", width=16)
         for header in ("steps", "steps/s", "return", "ETA"):
             table.add_column(header, justify="right", no_wrap=True)
-        for run in self.runs:
-            name = Text(run.name)
+        for run in self._shown():
+            name = Text(run.name if run.number is None or len(self.runs) == 1 else f"{run.number}  {run.name}")
             if run.phase != "training":
                 table.add_row(name, Text(run.phase, "dim"))
                 continue
@@ -209,6 +250,14 @@ class Display:
             ]
             table.add_row(*cells)
         return table
+
+    def _shown(self) -> list[RunProgress]:
+        """All runs if they fit, else those that are at work, and then the next ones."""
+        if len(self.runs) <= MAX_ROWS:
+            return self.runs
+        working = [run for run in self.runs if run.phase not in ("waiting", "finished")]
+        waiting = [run for run in self.runs if run.phase == "waiting"]
+        return [*working, *waiting][: max(MAX_ROWS, len(working))]
 
 
 def _number(value: Any) -> float:

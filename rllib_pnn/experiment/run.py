@@ -4,11 +4,15 @@ Tune schedules the runs, restarts a run whose process dies from its last checkpo
 What a run leaves is written here (see `rllib_pnn.experiment.folder`), and a killed run goes on from that alone:
 `Tuner.restore` would need Tune's own snapshot, which may be stale or half written, holds pickled code, and asks for the
 CPUs of the old cluster.
+
+The trials of a transfer experiment go to one Tune run too. A trial whose columns come from another one is handed to
+Tune once that one has finished, so that everything that can run does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -16,8 +20,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,37 +40,55 @@ from ray.tune.utils import flatten_dict
 from ray.tune.utils.util import SafeFallbackEncoder
 from rich.console import Console
 
+from rllib_pnn.analysis.analyze import task_name
 from rllib_pnn.experiment.algorithm import Cluster, build_config, check_env, one_line
+from rllib_pnn.experiment.conclude import Conclusion, conclude
 from rllib_pnn.experiment.errors import InputError, RunFailed
 from rllib_pnn.experiment.folder import (
+    COLUMNS_FOLDER,
+    ERROR_FILE,
     CheckpointRecord,
     ResultLog,
     RunFolder,
     check_storage,
+    check_transfer,
     create_experiment,
     find_experiment,
+    last_exception,
     lock,
+    make_folder,
+    open_transfer,
     read_plan,
+    transfer_folder,
+    write_whole,
 )
 from rllib_pnn.experiment.progress import Display, RunProgress
 from rllib_pnn.experiment.spec import METRIC_NAMES, Experiment, Plan, load_experiment
-from rllib_pnn.network.store import ColumnStoreError
+from rllib_pnn.network.store import ColumnStore, ColumnStoreError
 from rllib_pnn.registration import register
 from rllib_pnn.training.progressive import make_progressive
+from rllib_pnn.training.trouble import TrainingTrouble
 
 CHECKPOINT_EVERY_S = 60.0
-# A run whose process dies goes on from its last checkpoint, this many times; one that dies before its first
-# checkpoint would only die again.
+# A run whose process dies goes on from its last checkpoint, this many times before it must have got to another; one
+# that dies before its first checkpoint would only die again.
 MAX_RESTARTS = 3
+# Signs in a traceback that it would only die again.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_HOPELESS = (f"{TrainingTrouble.__name__}: ", *map(os.strerror, _DISK_ERRORS))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an experiment: its folder and the folders of its runs."""
+    """What became of an experiment: its folder and the folders of its runs.
+
+    `conclusion`: what a transfer experiment's trials amount to; None for other experiments and for stopped ones.
+    """
 
     path: Path
     runs: list[RunFolder]
     stopped_by: int | None = None
+    conclusion: Conclusion | None = None
 
     @property
     def failed(self) -> list[RunFolder]:
@@ -77,6 +99,9 @@ def train(
     plans: list[Plan], *, storage: Path, console: Console, ray_address: str | None = None, verbose: bool = False
 ) -> Iterator[Outcome]:
     """Runs the experiments of a tuned example, one after the other.
+
+    Every call makes a new folder, but that of a transfer experiment goes on in the folder of its name: what is
+    finished there is not repeated.
 
     Args:
         plans: what to run; all are checked before the first one starts.
@@ -89,12 +114,22 @@ def train(
         InputError: something can't run. Nothing was started or written then.
     """
     check_storage(storage)
+    for plan in plans:
+        if plan.is_transfer:
+            check_transfer(transfer_folder(storage.absolute(), plan), plan)
+    plans = [_with_sources(plan) for plan in plans]
     with _ray(ray_address, verbose):
         configs = [_configs(plan) for plan in plans]
         for plan, config in zip(plans, configs, strict=True):
-            path = create_experiment(storage.absolute(), plan)
-            with lock(path):
-                outcome = _run(plan, path, config, console, verbose)
+            if plan.is_transfer:
+                path = make_folder(transfer_folder(storage.absolute(), plan))
+                with lock(path):
+                    open_transfer(path, plan)
+                    outcome = _run(plan, path, config, console, verbose)
+            else:
+                path = create_experiment(storage.absolute(), plan)
+                with lock(path):
+                    outcome = _run(plan, path, config, console, verbose)
             yield outcome
             if outcome.stopped_by is not None:
                 return
@@ -110,18 +145,27 @@ def resume(path: Path, *, console: Console, ray_address: str | None = None, verb
     experiments = {name: load_experiment(path / name / "experiment.json") for name in names}
     source = next(iter(experiments.values()))[0]
     plan = Plan(read_plan(path).name, source, {name: experiment for name, (_, experiment) in experiments.items()})
+    if plan.is_transfer:
+        plan = _with_what_it_waits_for(plan, path)
     with lock(path):
         unfinished = {name: e for name, e in plan.runs.items() if RunFolder(path / name).state.status != "finished"}
-        if not unfinished:
+        if not unfinished and not plan.is_transfer:
             return Outcome(path, [RunFolder(path / name) for name in names])
-        plan = Plan(plan.name, source, unfinished)
+        if not plan.is_transfer:
+            plan = Plan(plan.name, source, unfinished)
         with _ray(ray_address, verbose):
             outcome = _run(plan, path.absolute(), _configs(plan), console, verbose)
-    return Outcome(path, [RunFolder(path / name) for name in names], outcome.stopped_by)
+    return replace(outcome, path=path, runs=[RunFolder(path / name) for name in names])
 
 
-def make_config(plan: Plan, experiment: Experiment, cluster: Cluster, *, num_runs: int = 1) -> AlgorithmConfig:
+def make_config(
+    plan: Plan, experiment: Experiment, cluster: Cluster, *, num_runs: int = 1, columns_from: Path | None = None
+) -> AlgorithmConfig:
     """The config of one run, progressive if the experiment is.
+
+    Args:
+        plan, experiment, cluster, num_runs: see `build_config`.
+        columns_from: in place of the experiment's own: the run that a trial starts from.
 
     Raises:
         InputError: one line that says where in the file, what was expected, what came and the mend.
@@ -132,7 +176,9 @@ def make_config(plan: Plan, experiment: Experiment, cluster: Cluster, *, num_run
         if experiment.env is not None and config.is_online and not config.is_multi_agent:
             check_env(plan, experiment)
         return config
-    arguments = progressive.model_dump(exclude={"tasks"})
+    arguments = progressive.model_dump(exclude={"tasks", "source_tasks"})
+    if columns_from is not None:
+        arguments["columns_from"] = str(columns_from)
     tasks = [task.model_dump(exclude_none=True) for task in progressive.tasks]
     try:
         return make_progressive(config, tasks=tasks, **arguments)
@@ -189,28 +235,111 @@ def _quiet(verbose: bool) -> Iterator[None]:
 
 
 def _configs(plan: Plan) -> dict[str, AlgorithmConfig]:
+    """Every run's config, all checked. Of a transfer experiment's trials only those that differ in more than a seed.
+
+    A trial's config is made when it starts, for it needs the columns that it starts from.
+    """
     cluster = Cluster.connected()
-    return {name: make_config(plan, e, cluster, num_runs=len(plan.runs)) for name, e in plan.runs.items()}
+    if not plan.is_transfer:
+        return {name: make_config(plan, e, cluster, num_runs=len(plan.runs)) for name, e in plan.runs.items()}
+    configs: dict[str, AlgorithmConfig] = {}
+    seen: set[str] = set()
+    for name, experiment in plan.runs.items():
+        assert experiment.progressive is not None
+        parts = {
+            json.dumps({key: value for key, value in experiment.config.items() if key != "seed"}, sort_keys=True),
+            json.dumps([task.model_dump() for task in experiment.progressive.tasks], sort_keys=True),
+        }
+        if not parts <= seen:
+            configs[name] = make_config(plan, experiment, cluster, num_runs=len(plan.runs))
+            seen |= parts
+    return configs
+
+
+def _with_sources(plan: Plan) -> Plan:
+    """The plan with what its runs' `columns_from` hold, and with where that is whatever the working directory."""
+    runs = {}
+    for name, experiment in plan.runs.items():
+        progressive = experiment.progressive
+        if progressive is not None and progressive.columns_from is not None:
+            store = ColumnStore(progressive.columns_from)
+            if not store.exists():
+                store = ColumnStore(Path(progressive.columns_from) / COLUMNS_FOLDER)
+            try:
+                names = [task_name(entry.task, entry.extra) for entry in store.entries]
+            except ColumnStoreError as error:
+                raise plan.error(("progressive", "columns_from"), str(error)) from None
+            update = {"source_tasks": names, "columns_from": str(Path(progressive.columns_from).absolute())}
+            experiment = experiment.model_copy(update={"progressive": progressive.model_copy(update=update)})
+        runs[name] = experiment
+    return replace(plan, runs=runs)
+
+
+def _with_what_it_waits_for(plan: Plan, path: Path) -> Plan:
+    """The plan of some trials with the unfinished trials that they wait for, each before those that wait."""
+    runs: dict[str, Experiment] = {}
+
+    def add(name: str, experiment: Experiment) -> None:
+        waits_for = experiment.trial.source_run if experiment.trial else None
+        if waits_for is not None and waits_for not in plan.runs and waits_for not in runs:
+            source = load_experiment(path / waits_for / "experiment.json")[1]
+            if RunFolder(path / waits_for).state.status != "finished":
+                add(waits_for, source)
+        runs[name] = experiment
+
+    for name, experiment in plan.runs.items():
+        add(name, experiment)
+    return replace(plan, runs=runs)
 
 
 def _run(plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], console: Console, verbose: bool) -> Outcome:
     """Runs the runs of one experiment until all are finished, failed or stopped by a signal."""
     folders = {name: RunFolder(path / name) for name in plan.runs}
+    display = Display(console, plan.name, [RunProgress(name, e) for name, e in plan.runs.items()])
+    for run in display.runs:
+        if folders[run.name].state.status == "finished":
+            run.phase = "finished"
+    config = next(iter(configs.values()))
+    display.say(_headline(plan, config, path))
+    stopped_by = None
+    if any(run.phase != "finished" for run in display.runs):
+        stopped_by = _fit(plan, path, configs, display, verbose)
+    conclusion = None
+    if plan.is_transfer and stopped_by is None:
+        conclusion = conclude(path, list(folders.values()), display.say)
+    return Outcome(path, list(folders.values()), stopped_by, conclusion)
+
+
+def _fit(plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], display: Display, verbose: bool) -> int | None:
+    """Gives the unfinished runs to Tune; returns the signal that stopped them, if one did."""
+    folders = {run.name: RunFolder(path / run.name) for run in display.runs if run.phase != "finished"}
     first = next(iter(plan.runs.values()))
     config = next(iter(configs.values()))
     checkpoints = first.checkpoint_config
-    display = Display(console, plan.name, [RunProgress(name, e) for name, e in plan.runs.items()])
-    searcher = _Runs({name: config.to_dict() for name, config in configs.items()})
+    cluster = Cluster.connected()
+
+    def config_of(name: str) -> dict[str, Any]:
+        experiment = plan.runs[name]
+        if not plan.is_transfer:
+            return configs[name].to_dict()
+        source = experiment.trial.source_run if experiment.trial else None
+        columns_from = None if source is None else path / source
+        made = make_config(plan, experiment, cluster, num_runs=len(plan.runs), columns_from=columns_from)
+        return made.to_dict()
+
+    hopeless: set[str] = set()  # runs that would only fail again
     assert config.algo_class is not None
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopSignal(display))
         stack.enter_context(_RayWatch(display, stop, path))
+        waits_for = {name: e.trial.source_run for name, e in plan.runs.items() if e.trial is not None}
+        searcher = _Runs(folders, waits_for, config_of, stop, display)
         tuner = Tuner(
             config.algo_class,
             tune_config=TuneConfig(
-                num_samples=len(configs),
+                num_samples=len(folders),
                 search_alg=searcher,
-                scheduler=_StoppableScheduler(folders, searcher.names, stop),
+                scheduler=_StoppableScheduler(folders, searcher.names, stop, hopeless),
                 trial_dirname_creator=lambda trial: searcher.names[trial.trial_id],
                 trial_name_creator=lambda trial: searcher.names[trial.trial_id],
             ),
@@ -227,28 +356,54 @@ def _run(plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], console: C
                 callbacks=[
                     _TensorBoard(),
                     _RunFolderCallback(
-                        folders, display, every_s=0 if checkpoints.checkpoint_frequency else CHECKPOINT_EVERY_S
+                        folders,
+                        display,
+                        searcher,
+                        hopeless,
+                        every_s=0 if checkpoints.checkpoint_frequency else CHECKPOINT_EVERY_S,
                     ),
                 ],
                 verbose=1 if verbose else 0,
             ),
         )
-        display.say(_headline(plan, config, path))
         stack.enter_context(display)
-        tuner.fit()
-    return Outcome(path, list(folders.values()), stop.signal)
+        try:
+            tuner.fit()
+        except Exception as error:
+            cause = _disk_error(error)
+            if cause is None:
+                raise
+            raise RunFailed(
+                f"{cause.filename or path}: {cause.strerror or one_line(cause)}; the last checkpoints and all stored "
+                f"columns are intact. Once that is mended:  rllib train --resume {path}"
+            ) from error
+    return stop.signal
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The refusal of a disk that an exception came from, if it did."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _headline(plan: Plan, config: AlgorithmConfig, path: Path) -> str:
     experiment = next(iter(plan.runs.values()))
     tasks = experiment.progressive.tasks if experiment.progressive else []
+    sources = sum(e.trial is not None and e.trial.role == "source" for e in plan.runs.values())
+    over = sum(RunFolder(path / name).state.status == "finished" for name in plan.runs)
     where = path if len(plan.runs) > 1 else path / next(iter(plan.runs))
     with contextlib.suppress(ValueError):
         where = where.relative_to(Path.cwd())
     return (
         f"{plan.name}: {experiment.run} on {experiment.env}"
-        + (f", {len(tasks)} task{'s' if len(tasks) != 1 else ''}" if tasks else "")
-        + (f", {len(plan.runs)} runs" if len(plan.runs) > 1 else "")
+        + (f", {len(tasks)} task{'s' if len(tasks) != 1 else ''}" if tasks and not plan.is_transfer else "")
+        + (f", {sources} source{'s' if sources != 1 else ''}" if plan.is_transfer else "")
+        + (f", {len(plan.runs) - sources} trials" if plan.is_transfer else "")
+        + (f", {len(plan.runs)} runs" if len(plan.runs) > 1 and not plan.is_transfer else "")
+        + (f", {over} of all finished before" if over and plan.is_transfer else "")
         + f", {config.num_env_runners} env runners x {config.num_envs_per_env_runner} environments"
         + f"\nrun folder: {where}"
     )
@@ -258,27 +413,83 @@ def _headline(plan: Plan, config: AlgorithmConfig, path: Path) -> str:
 
 
 class _Runs(Searcher):
-    """Hands Tune the configs that were made and checked beforehand, one a trial.
+    """Hands Tune the runs' configs, one a trial, those that wait for nothing first.
 
     `names` maps Tune's trial ids to the names of the runs.
+
+    Args:
+        folders: the runs that are to be run, in order.
+        waits_for: the run that must have finished before another one starts.
+        config_of: makes a run's config.
+        stop: nothing is handed out any more once a signal came.
+        display: hears of runs that can't start.
     """
 
-    def __init__(self, configs: Mapping[str, dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        folders: Mapping[str, RunFolder],
+        waits_for: Mapping[str, str | None],
+        config_of: Callable[[str], dict[str, Any]],
+        stop: _StopSignal,
+        display: Display,
+    ) -> None:
         super().__init__()
         self.names: dict[str, str] = {}
-        self._configs = dict(configs)
+        self._left = list(folders)
+        self._folders = folders
+        self._waits_for = waits_for
+        self._config_of = config_of
+        self._stop = stop
+        self._display = display
+        self._open = set(folders)  # not over yet
+        self._failed: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its searcher, and the run folders hold everything."""
+        return {}
 
     @override(Searcher)
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        left = [name for name in self._configs if name not in self.names.values()]
-        if not left:
-            return Searcher.FINISHED
-        self.names[trial_id] = left[0]
-        return self._configs[left[0]]
+        while self._stop.signal is None:
+            name = next((name for name in self._left if self._is_ready(name)), None)
+            if name is None:
+                return None if any(self._will_be_ready(name) for name in self._left) else Searcher.FINISHED
+            self._left.remove(name)
+            try:
+                config = self._config_of(name)
+            except InputError as error:  # its source's columns are damaged, say
+                self._fails(name, error)
+                continue
+            self.names[trial_id] = name
+            return config
+        return Searcher.FINISHED
+
+    def next_to_start(self, waiting: list[str]) -> str | None:
+        """Which of the waiting runs comes next: one that Tune has already, else the first that is ready."""
+        handed_out = set(self.names.values())
+        return next((n for n in waiting if n in handed_out), next((n for n in waiting if self._is_ready(n)), None))
+
+    def _is_ready(self, name: str) -> bool:
+        source = self._waits_for.get(name)
+        return source is None or (source not in self._open and source not in self._failed)
+
+    def _will_be_ready(self, name: str) -> bool:
+        source = self._waits_for.get(name)
+        return source is None or (source not in self._failed and self._will_be_ready(source))
+
+    def _fails(self, name: str, error: InputError) -> None:
+        self._failed.add(name)
+        (self._folders[name].path / "error.txt").write_text(f"{error}\n", encoding="utf-8")
+        self._folders[name].set_status("failed")
+        run = next(run for run in self._display.runs if run.name == name)
+        self._display.say(f"{name}: failed: {error}")
+        self._display.ended(run, "failed")
 
     @override(Searcher)
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        pass
+        self._open.discard(self.names[trial_id])
+        if error:
+            self._failed.add(self.names[trial_id])
 
     @override(Searcher)
     def save(self, checkpoint_path: str) -> None:
@@ -367,11 +578,14 @@ class _StoppableScheduler(FIFOScheduler):
     Tune's own handling of SIGINT saves the state of the experiment but takes no checkpoint of its trials.
     """
 
-    def __init__(self, folders: Mapping[str, RunFolder], names: Mapping[str, str], stop: _StopSignal) -> None:
+    def __init__(
+        self, folders: Mapping[str, RunFolder], names: Mapping[str, str], stop: _StopSignal, hopeless: set[str]
+    ) -> None:
         super().__init__()
         self._folders = folders
         self._names = names
         self._stop = stop
+        self._hopeless = hopeless
 
     @override(FIFOScheduler)
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
@@ -396,6 +610,10 @@ class _StoppableScheduler(FIFOScheduler):
 
     @override(FIFOScheduler)
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        for trial in tune_controller.get_trials():
+            # Tune has put it into its queue again, to be started from its last checkpoint.
+            if self._names.get(trial.trial_id) in self._hopeless and not trial.is_finished():
+                tune_controller.stop_trial(trial)
         if self._stop.signal is None:
             return super().choose_trial_to_run(tune_controller)
         if not any(trial.status == Trial.RUNNING for trial in tune_controller.get_trials()):
@@ -417,9 +635,13 @@ class _TensorBoard(TBXLoggerCallback):
 class _RunFolderCallback(Callback):
     """Keeps the run folders and the display up to date, and asks for checkpoints by the clock."""
 
-    def __init__(self, folders: Mapping[str, RunFolder], display: Display, *, every_s: float) -> None:
+    def __init__(
+        self, folders: Mapping[str, RunFolder], display: Display, runs: _Runs, hopeless: set[str], *, every_s: float
+    ) -> None:
         self._folders = folders
+        self._hopeless = hopeless
         self._display = display
+        self._runs = runs
         self._progress = {run.name: run for run in display.runs}
         self._every_s = every_s
         self._logs: dict[str, ResultLog] = {}
@@ -433,13 +655,14 @@ class _RunFolderCallback(Callback):
         checkpoint = trial.latest_checkpoint_result
         done = int(checkpoint.metrics.get(TRAINING_ITERATION, 0)) if checkpoint else 0
         self._logs[name] = ResultLog(folder.path, done)
-        (folder.path / "params.json").write_text(
-            json.dumps(trial.config, cls=SafeFallbackEncoder, indent=2, sort_keys=True), encoding="utf-8"
+        write_whole(
+            folder.path / "params.json",
+            json.dumps(trial.config, cls=SafeFallbackEncoder, indent=2, sort_keys=True),
         )
-        (folder.path / "error.txt").unlink(missing_ok=True)
+        (folder.path / ERROR_FILE).unlink(missing_ok=True)
         folder.set_status("running")
         self._last_checkpoint[name] = time.monotonic()
-        self._progress[name].started("resuming" if checkpoint else "starting")
+        self._display.started(self._progress[name], "resuming" if checkpoint else "starting")
         if checkpoint:
             self._display.say(f"{name}: goes on after iteration {done}, from {Path(checkpoint.checkpoint.path).name}")
 
@@ -475,26 +698,38 @@ class _RunFolderCallback(Callback):
             )
         )
         self._last_checkpoint[str(trial)] = time.monotonic()
-        trial.max_failures = MAX_RESTARTS
+        # A run of days may die more often than that, as long as it gets on in between.
+        trial.max_failures = trial.num_failures + MAX_RESTARTS
 
     @override(Callback)
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if str(trial) in self._hopeless:
+            self._failed(trial)
+            return
         self._folders[str(trial)].set_status("finished")
-        self._progress[str(trial)].phase = "finished"
+        self._display.ended(self._progress[str(trial)], "finished")
         self._start_next()
 
     @override(Callback)
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._keep_error(trial)
-        self._display.say(f"{trial}: died ({_reason(trial)}); starting it again from its last checkpoint")
+        text = self._error_text(trial)
+        if any(sign in text for sign in _HOPELESS):
+            self._hopeless.add(str(trial))
+            return
+        self._display.say(f"{trial}: died ({last_exception(text)}); starting it again from its last checkpoint")
 
     @override(Callback)
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._keep_error(trial)
-        self._folders[str(trial)].set_status("failed")
-        self._progress[str(trial)].phase = "failed"
+        self._failed(trial)
+
+    def _failed(self, trial: Trial) -> None:
+        folder = self._folders[str(trial)]
+        folder.set_status("failed")
+        self._display.say(f"{trial}: failed: {folder.failure()}")
+        self._display.ended(self._progress[str(trial)], "failed")
         self._start_next()
-        self._display.say(f"{trial}: failed: {_reason(trial)}")
 
     @override(Callback)
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
@@ -504,18 +739,19 @@ class _RunFolderCallback(Callback):
 
     def _start_next(self) -> None:
         """Tune starts runs in order and tells only when one has started, seconds later."""
-        waiting = [run for run in self._display.runs if run.phase == "waiting"]
-        if waiting:
-            waiting[0].phase = "starting"
+        waiting = [run.name for run in self._display.runs if run.phase == "waiting"]
+        name = self._runs.next_to_start(waiting)
+        if name is not None:
+            self._progress[name].phase = "starting"
 
     def _keep_error(self, trial: Trial) -> None:
         if trial.error_file and Path(trial.error_file).is_file():
-            shutil.copyfile(trial.error_file, self._folders[str(trial)].path / "error.txt")
+            write_whole(self._folders[str(trial)].path / ERROR_FILE, self._error_text(trial))
 
-
-def _reason(trial: Trial) -> str:
-    """The last line of a trial's traceback."""
-    with contextlib.suppress(OSError, TypeError):
-        lines = [line.strip() for line in Path(str(trial.error_file)).read_text(encoding="utf-8").splitlines()]
-        return next((line for line in reversed(lines) if line), "unknown")[:300]
-    return "unknown"
+    @staticmethod
+    def _error_text(trial: Trial) -> str:
+        """The traceback of a run's newest failure."""
+        with contextlib.suppress(OSError, TypeError):
+            text = Path(str(trial.error_file)).read_text(encoding="utf-8", errors="replace")
+            return text[max(0, text.rfind("Failure # ")) :]
+        return ""

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from rllib_pnn.experiment.errors import InputError, short
+from rllib_pnn.files import RefusedFile, read_regular
 
 MAX_BYTES = 4 * 2**20
 MAX_NODES = 200_000
@@ -50,8 +51,12 @@ def key_path(where: KeyPath) -> str:
     return text
 
 
-def read_yaml(path: Path) -> Source:
+def read_yaml(path: Path, *, follow_links: bool = True) -> Source:
     """Reads a YAML file.
+
+    Args:
+        path: the file.
+        follow_links: False for a file in a folder that may come from a stranger.
 
     Raises:
         InputError: the file is missing, unreadable, not YAML, or holds more than plain data.
@@ -59,10 +64,15 @@ def read_yaml(path: Path) -> Source:
     try:
         if path.is_dir():
             raise InputError(f"{path}: a folder, expected a YAML file")
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        if follow_links:
+            with path.open("rb") as file:
+                content = file.read(MAX_BYTES + 1)
+        else:
+            content = read_regular(path, MAX_BYTES)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except RefusedFile as error:
+        raise InputError(str(error)) from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     if len(content) > MAX_BYTES:
@@ -83,17 +93,31 @@ def read_yaml(path: Path) -> Source:
             data = loader.construct_document(node)
         finally:
             loader.dispose()
+    except InputError:
+        raise
     except yaml.YAMLError as error:
         raise InputError(_yaml_message(path, error)) from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # a day that no month has, a number of thousands of digits
+        raise InputError(f"{path}: holds a value that is none: {short(str(error), 120)}") from None
     return Source(path, data, lines)
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, reading 1e-4 as the number that YAML 1.2 says it is (YAML 1.1 wants 1.0e-4)."""
+    """PyYAML's safe loader, reading 1e-4 as the number that YAML 1.2 says it is (YAML 1.1 wants 1.0e-4).
+
+    Infinity and NaN too, as Python writes them into an `experiment.json`.
+    """
+
+    def construct_yaml_float(self, node: Any) -> float:
+        value = str(self.construct_scalar(node))
+        if value.endswith(("Infinity", "NaN")) and not value.startswith("."):
+            return float(value)
+        return float(super().construct_yaml_float(node))
 
 
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -102,9 +126,9 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
         r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)|-?Infinity|NaN)$"
     ),
-    list("-+0123456789."),
+    list("-+0123456789.IN"),
 )
 
 

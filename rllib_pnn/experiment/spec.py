@@ -1,8 +1,9 @@
 """A tuned example as an experiment: YAML in, validated `Experiment` out. No Ray, no torch; nothing in the file is run.
 
 The format is RLlib's (`run`, `env`, `stop`, `num_samples`, `config`) plus the `progressive` block; without that block
-it is an ordinary RLlib experiment. Keys of `config` are checked against the algorithm in
-`rllib_pnn.experiment.algorithm`, for only RLlib knows them; everything else is checked here.
+it is an ordinary RLlib experiment, and with a `transfer` block beside it a grid of them (see `TransferSpec`). Keys of
+`config` are checked against the algorithm in `rllib_pnn.experiment.algorithm`, for only RLlib knows them; everything
+else is checked here.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import itertools
 import math
 import random
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rllib_pnn.experiment.errors import InputError, did_you_mean, short
+from rllib_pnn.experiment.grid import BASELINES_OF_ONE_COLUMN, Trial, grid_of
 from rllib_pnn.experiment.source import KeyPath, Source, as_word, read_yaml
 
 # What `run` may name: the algorithms of RLlib's registry and this package's own. The progressive ones learn by policy
@@ -62,7 +65,9 @@ METRIC_NAMES = {
 }
 
 MAX_RUNS = 1000
+MAX_TRIALS = 10_000  # of a transfer experiment: the paper's Atari grid has 6,915 with 25 jobs a cell
 MAX_SEED = 2**31 - 1
+MAX_NAME = 200  # of a run's folder; file systems take 255
 
 Architecture = Literal["progressive", "scratch", "finetune_heads", "finetune_all", "random_column"]
 Lateral = Literal["adapter", "linear", "none"]
@@ -89,6 +94,15 @@ _ALIASES = {
     "stop": "until",
     "checkpoint_freq": "checkpoint_frequency",
     "keep_checkpoints_num": "num_to_keep",
+    "source": "sources",
+    "chains": "sources",
+    "target": "targets",
+    "architecture": "architectures",
+    "baselines": "architectures",
+    "target_until": "until",
+    "analysis": "sensitivity",
+    "analyze": "sensitivity",
+    "top_k": "top",
 }
 
 
@@ -116,6 +130,16 @@ def _shift(value: Any) -> Any:
     return value if value == "auto" else _number(value)
 
 
+def _chain(value: Any) -> list[str]:
+    """One task's name is a chain of one."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"expected a task's name or a list of names, got {short(value)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"expected every task once, got {short(value)}")
+    return names
+
+
 def _task_name(value: Any) -> str:
     # It becomes a part of metric names (`columns/<task>/...`) and of file names.
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", value):
@@ -125,13 +149,15 @@ def _task_name(value: Any) -> str:
 
 Number = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[int, BeforeValidator(_count)]
+Chain = Annotated[list[str], BeforeValidator(lambda value: _chain(value))]
 NonNegative = Annotated[int, BeforeValidator(lambda value: _count(value, 0))]
 Word = Annotated[str, BeforeValidator(_word)]
 Mapped = dict[str, Any]
+M = TypeVar("M", bound=BaseModel)
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class UntilSpec(_Model):
@@ -166,6 +192,7 @@ class ProgressiveSpec(_Model):
     lateral_heads: bool = True
     architecture: Architecture = "progressive"
     columns_from: Word | None = None
+    source_tasks: list[str] | None = None  # what the columns of `columns_from` learned; `rllib train` fills it in
     input_shift: Annotated[float | Literal["auto"], BeforeValidator(_shift)] = "auto"
     evaluation_episodes: NonNegative = 10
     evaluation_seed: NonNegative = 0
@@ -182,6 +209,61 @@ class ProgressiveSpec(_Model):
                 )
             first[task.name] = index
         return self
+
+
+class TransferSpec(_Model):
+    """The `transfer` block: one file is a whole grid of trials (Rusu et al. 2016, section 4).
+
+    Every source is trained once (with `sources_per_seed` once a seed); then every architecture learns every target
+    from every source, `num_samples` times, with the same budget of steps. `progressive.tasks` says what the tasks are.
+
+    - `sources`: names of tasks, or lists of names: columns that are trained one after the other. A list shares its
+      beginnings with other sources.
+    - `targets`: names of tasks. A source that holds the target's own task is left out.
+    - `architectures`: all five by default. `scratch` and `random_column` know no source and are trained once a target
+      and seed. A source of several columns goes with `progressive` alone: the fine-tuning baselines have one column.
+    - `until`: the targets' budget in place of each task's own `until`.
+    - `top`: the report scores the best `top` jobs of each cell (the paper: 3 of 25).
+    - `sensitivity`: what is measured before the report is written, on the first seed's progressive trials.
+    """
+
+    sources: list[Chain] = []
+    targets: Annotated[list[Word], Field(min_length=1)]
+    architectures: Annotated[list[Architecture], Field(min_length=1)] = [
+        "scratch",
+        "finetune_heads",
+        "finetune_all",
+        "random_column",
+        "progressive",
+    ]
+    until: UntilSpec | None = None
+    sources_per_seed: bool = False
+    top: Positive | None = None
+    sensitivity: list[Literal["afs", "aps"]] = ["afs"]
+
+    @model_validator(mode="after")
+    def _each_once(self) -> TransferSpec:
+        for key in ("sources", "targets", "architectures", "sensitivity"):
+            values = getattr(self, key)
+            for index, value in enumerate(values):
+                if value in values[:index]:
+                    raise ValueError(f"{key}[{index}]: {short(value)} is there already")
+        needing = [name for name in self.architectures if name not in ("scratch", "random_column")]
+        if needing and not self.sources:
+            raise ValueError(f"sources: missing, {needing[0]} starts from a source's columns")
+        return self
+
+
+class TrialSpec(_Model):
+    """What a run is in a transfer experiment; `rllib train` writes it into the trial's `experiment.json`."""
+
+    role: Literal["source", "target"]
+    source_run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_=.+-]*$")] | None = None
+    """The trial beside this one whose columns it starts from."""
+    searched: Mapped = {}
+    """The hyper-parameters that were drawn for it."""
+    top: Positive | None = None
+    sensitivity: list[Literal["afs", "aps"]] = []
 
 
 class CheckpointSpec(_Model):
@@ -205,6 +287,7 @@ class Experiment(_Model):
     stop: dict[str, Number] = {}
     config: Mapped = {}
     progressive: ProgressiveSpec | None = None
+    trial: TrialSpec | None = None
     checkpoint_config: CheckpointSpec = CheckpointSpec()
 
     @model_validator(mode="after")
@@ -213,6 +296,12 @@ class Experiment(_Model):
             raise ValueError(
                 f"run: unknown algorithm {short(self.run)}, known are {', '.join(ALGORITHMS)}"
                 + did_you_mean(self.run, ALGORITHMS)
+            )
+        module = (self.env or "").rpartition(":")[0]
+        if module and module not in sys.modules:
+            raise ValueError(
+                f"env: {short(self.env)} names a module, which making it would import: a tuned example is data; "
+                "expected the id of a registered environment"
             )
         if self.progressive is not None:
             if self.run not in PROGRESSIVE_ALGORITHMS:
@@ -239,6 +328,7 @@ class Plan:
     """One experiment of a file: its runs (seeds and search values) and where each key stands in the file.
 
     `runs` maps the name of a run's folder to its experiment; `root` is where the experiment stands in the file.
+    `is_transfer`: the runs are the trials of a transfer experiment, some of which wait for others' columns.
     """
 
     name: str
@@ -246,6 +336,10 @@ class Plan:
     runs: dict[str, Experiment]
     root: KeyPath = ()
     _sections: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_transfer(self) -> bool:
+        return any(experiment.trial is not None for experiment in self.runs.values())
 
     def error(self, where: KeyPath, message: str) -> InputError:
         """An `InputError` about the key path `where` of an `Experiment`, told in the file's own lines and keys."""
@@ -289,7 +383,7 @@ def load_experiment(path: Path) -> tuple[Source, Experiment]:
     Raises:
         InputError: it is missing or is not an experiment of this package.
     """
-    source = read_yaml(path)  # JSON is YAML
+    source = read_yaml(path, follow_links=False)  # JSON is YAML
     return source, _validate(source, (), source.data, {})
 
 
@@ -306,6 +400,12 @@ def _plan(source: Source, name: Any, body: Any) -> Plan:
     raw["name"] = name
     sections = _flatten_config(source, name, raw)
     _old_checkpoint_keys(raw)
+    for where, why in ((("trial",), "a transfer experiment"), (("progressive", "source_tasks"), "columns_from")):
+        parent = raw.get(where[0]) if len(where) > 1 else raw
+        if isinstance(parent, dict) and where[-1] in parent:
+            raise source.error((name, *where), f"`rllib train` fills this in ({why}); remove it here")
+    if "transfer" in raw:
+        return Plan(name, source, _transfer_runs(source, name, raw, num_samples, sections), (name,), sections)
 
     runs: dict[str, Experiment] = {}
     for folder, values in _variants(source, name, raw, num_samples):
@@ -362,14 +462,142 @@ def _old_checkpoint_keys(raw: dict[str, Any]) -> None:
         raw["checkpoint_config"] = {**found, **raw.get("checkpoint_config", {})}
 
 
+class _TransferFile(_Model):
+    transfer: TransferSpec
+
+
 def _validate(source: Source, root: KeyPath, values: Any, sections: dict[str, str]) -> Experiment:
+    return _validated(Experiment, source, root, values, sections)
+
+
+def _validated(model: type[M], source: Source, root: KeyPath, values: Any, sections: dict[str, str]) -> M:
     try:
-        return Experiment.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         where, message = _explain(error)
         if len(where) > 1 and where[0] == "config" and where[1] in sections:
             where = ("config", sections[str(where[1])], *where[1:])
         raise source.error((*root, *where), message) from None
+
+
+# -- transfer experiments --------------------------------------------------------------------------------------------
+
+
+def _transfer_runs(
+    source: Source, name: str, raw: dict[str, Any], num_samples: int, sections: dict[str, str]
+) -> dict[str, Experiment]:
+    """The trials of a transfer experiment by name, each after the ones that it waits for."""
+    given = {"transfer": raw.pop("transfer")}
+    transfer = _validated(_TransferFile, source, (name,), given, {}).transfer
+    progressive = raw.get("progressive")
+    if not isinstance(progressive, dict):
+        raise source.error((name, "progressive"), "missing: a transfer experiment's tasks stand in progressive.tasks")
+    for key, instead in (("architecture", "architectures"), ("columns_from", "sources")):
+        if key in progressive:
+            raise source.error((name, "progressive", key), f"remove it: transfer.{instead} says that here")
+    searches = _transfer_searches(source, name, raw)
+    first_seed = _first_seed(source, name, raw["config"].get("seed", 0), num_samples)
+
+    plain = copy.deepcopy(raw)
+    for where, choices in searches:
+        _replace(plain, where, choices[0])
+    base = _validate(source, (name,), plain, sections)
+    assert base.progressive is not None
+    tasks = {task.name: task for task in base.progressive.tasks}
+    _check_tasks_of(source, name, transfer, tasks)
+
+    grid = grid_of(transfer.sources, transfer.targets, transfer.architectures)
+    if not any(trial.role == "target" for trial in grid):
+        raise source.error((name, "transfer"), "no trial is left: every source holds every target's own task")
+    count = sum(num_samples if t.role == "target" or transfer.sources_per_seed else 1 for t in grid)
+    if count > MAX_TRIALS:
+        raise source.error((name, "transfer"), f"makes {count} trials, expected at most {MAX_TRIALS}")
+
+    runs: dict[str, Experiment] = {}
+    for trial in grid:
+        for sample in range(num_samples if trial.role == "target" or transfer.sources_per_seed else 1):
+            # Job i has the same seed and the same draw in every cell, so that cells differ in their method alone.
+            generator = random.Random(f"{name}/{first_seed}/{sample}")
+            drawn = [(where, _draw("choice", choices, generator)) for where, choices in searches]
+            if trial.role == "source" and not transfer.sources_per_seed:
+                drawn = [(where, choices[0]) for where, choices in searches]  # what serves all jobs is not drawn
+            values = copy.deepcopy(raw)
+            for where, value in drawn:
+                _replace(values, where, value)
+            values["config"]["seed"] = first_seed + sample
+            _make_trial(values, trial, transfer, tasks)
+            values["trial"] |= {
+                "source_run": None
+                if trial.waits_for is None
+                else f"{trial.waits_for}_seed_{first_seed + (sample if transfer.sources_per_seed else 0)}",
+                "searched": {str(where[-1]): value for where, value in drawn},
+            }
+            if sample:
+                values["trial"]["sensitivity"] = []
+            run = f"{trial.name}_seed_{first_seed + sample}"
+            if run in runs or len(run) > MAX_NAME:
+                what = "the name of two trials" if run in runs else f"a longer name than {MAX_NAME} letters"
+                raise source.error((name, "transfer"), f"{short(run)} is {what}; rename the tasks")
+            runs[run] = _validate(source, (name,), values, sections)
+    return runs
+
+
+def _make_trial(values: dict[str, Any], trial: Trial, transfer: TransferSpec, tasks: Mapping[str, TaskSpec]) -> None:
+    """Turns the file's values into one trial's: its task, its architecture and what it is in the grid."""
+    task = tasks[trial.task]
+    until = transfer.until if trial.role == "target" and transfer.until is not None else task.until
+    values["progressive"] |= {
+        "architecture": trial.architecture,
+        "tasks": [{"name": task.name, "env_config": task.env_config, "until": until.model_dump(exclude_none=True)}],
+        "source_tasks": list(trial.source),
+    }
+    values["trial"] = {
+        "role": trial.role,
+        "top": transfer.top,
+        "sensitivity": transfer.sensitivity if trial.role == "target" and trial.architecture == "progressive" else [],
+    }
+
+
+def _transfer_searches(source: Source, name: str, raw: dict[str, Any]) -> list[tuple[KeyPath, list[Any]]]:
+    found = []
+    for part in ("config", "progressive"):
+        for where, kind, argument in _find_searches(source, (name,), (part,), raw.get(part)):
+            if where[:2] == ("progressive", "tasks") or where == ("config", "seed"):
+                raise source.error((name, *where), f"{kind} can't vary this in a transfer experiment")
+            if kind != "choice":
+                raise source.error(
+                    (name, *where, kind),
+                    "expected choice in a transfer experiment: a source that serves all jobs takes its first value",
+                )
+            found.append((where, argument))
+    return found
+
+
+def _check_tasks_of(source: Source, name: str, transfer: TransferSpec, tasks: Mapping[str, TaskSpec]) -> None:
+    named: list[tuple[KeyPath, str]] = [(("targets", i), target) for i, target in enumerate(transfer.targets)]
+    for i, chain in enumerate(transfer.sources):
+        raw_chain = source.data[name]["transfer"]["sources"][i]
+        named += [(("sources", i) if isinstance(raw_chain, str) else ("sources", i, j), t) for j, t in enumerate(chain)]
+    for where, task in named:
+        if task not in tasks:
+            raise source.error(
+                (name, "transfer", *where),
+                f"{short(task)} is no task of progressive.tasks, there are {', '.join(tasks)}"
+                + did_you_mean(task, tasks),
+            )
+    for i, target in enumerate(transfer.targets):
+        if (transfer.until or tasks[target].until).num_env_steps is None:
+            raise source.error(
+                (name, "transfer", "until") if transfer.until else (name, "transfer", "targets", i),
+                f"'{target}' has no num_env_steps in its until; all architectures need the same budget of steps",
+            )
+    if transfer.sources and all(len(chain) > 1 for chain in transfer.sources):
+        for i, architecture in enumerate(transfer.architectures):
+            if architecture in BASELINES_OF_ONE_COLUMN:
+                raise source.error(
+                    (name, "transfer", "architectures", i),
+                    f"{architecture} starts from one column, and every source has several; add one of a single task",
+                )
 
 
 # -- seeds and search values -----------------------------------------------------------------------------------------
@@ -392,12 +620,7 @@ def _variants(source: Source, name: str, raw: dict[str, Any], num_samples: int) 
     first_seed = raw["config"].get("seed", 0)
     seed_is_searched = any(where == ("config", "seed") for where, _, _ in searches)
     if not seed_is_searched and first_seed is not None:
-        try:
-            first_seed = _count(first_seed, 0)
-            if first_seed + num_samples > MAX_SEED:
-                raise ValueError(f"expected a seed below 2**31, got {first_seed}")
-        except ValueError as error:
-            raise source.error((name, "config", "seed"), str(error)) from None
+        first_seed = _first_seed(source, name, first_seed, num_samples)
 
     folders: set[str] = set()
     for combination in itertools.product(*grids):
@@ -417,6 +640,16 @@ def _variants(source: Source, name: str, raw: dict[str, Any], num_samples: int) 
                 folder += f"_{len(folders)}"
             folders.add(folder)
             yield folder, values
+
+
+def _first_seed(source: Source, name: str, value: Any, num_samples: int) -> int:
+    try:
+        seed = _count(value, 0)
+        if seed + num_samples > MAX_SEED:
+            raise ValueError(f"expected a seed below 2**31, got {seed}")
+    except ValueError as error:
+        raise source.error((name, "config", "seed"), str(error)) from None
+    return seed
 
 
 def _find_searches(
@@ -533,6 +766,7 @@ _DESCRIPTIONS = {
     "tasks": "a list of tasks",
     "name": "a name",
     "until": "{episode_return_mean: ..., num_env_steps: ...}",
+    "targets": "a list of tasks' names",
 }
 
 
@@ -554,6 +788,8 @@ def _split(text: str) -> KeyPath:
 
 _MODELS: dict[str, type[BaseModel]] = {
     "progressive": ProgressiveSpec,
+    "transfer": TransferSpec,
+    "trial": TrialSpec,
     "tasks": TaskSpec,
     "until": UntilSpec,
     "checkpoint_config": CheckpointSpec,
@@ -568,10 +804,11 @@ def _model_at(where: KeyPath) -> type[BaseModel]:
 def _fields_at(where: KeyPath) -> list[str]:
     fields = list(_model_at(where).model_fields)
     if not where:
-        fields = [*(name for name in fields if name != "name"), "num_samples"]
+        fields = [*(name for name in fields if name not in ("name", "trial")), "num_samples", "transfer"]
     return fields
 
 
 def _literals_at(where: KeyPath) -> list[str]:
-    annotation = _model_at(where[:-1]).model_fields[str(where[-1])].annotation
-    return [str(choice) for choice in get_args(annotation)]
+    parent, key = (where[:-2], where[-2]) if isinstance(where[-1], int) else (where[:-1], where[-1])
+    choices = get_args(_model_at(parent).model_fields[str(key)].annotation)
+    return [str(choice) for choice in (get_args(choices[0]) if isinstance(where[-1], int) else choices)]

@@ -102,6 +102,15 @@ def layer_shapes(spec: ColumnSpec, observation_shape: Sequence[int]) -> list[tup
     return shapes
 
 
+def check_source(shapes: Sequence[tuple[int, ...]], j: int, others: Sequence[tuple[int, ...]]) -> None:
+    """Raises `ValueError` unless a column of layers `shapes` can take laterals from column `j` with layers `others`."""
+    if len(others) != len(shapes) or any(a[1:] != b[1:] for a, b in zip(others, shapes, strict=True)):
+        raise ValueError(
+            f"layers of shapes {[*shapes[1:]]} can't take laterals from column {j} with {[*others[1:]]}: the number of "
+            "layers and the map sizes must agree"
+        )
+
+
 class Column(nn.Module):
     """A column with its laterals. Built by `ProgressiveNetwork.add_column`.
 
@@ -120,6 +129,8 @@ class Column(nn.Module):
         spec = layout.spec
         self.shapes = shapes = layer_shapes(spec, layout.observation_shape)  # of h_0 .. h_L, without batch axes
         source_shapes = [layer_shapes(s, layout.observation_shape) for s in layout.source_specs]
+        for j, others in enumerate(source_shapes):
+            check_source(shapes, j, others)
         self._state_widths = [layer.units for layer in spec.layers if isinstance(layer, LSTM)]
 
         self.layers: list[nn.Conv2d | nn.Linear | nn.LSTM] = nn.ModuleList()  # type: ignore[assignment]

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from rllib_pnn.network.adapter import LATERALS
-from rllib_pnn.network.column import ALIGNMENT, Column, ColumnLayout, ColumnOutput, LSTMState, Transform, layer_shapes
+from rllib_pnn.network.column import (
+    ALIGNMENT,
+    Column,
+    ColumnLayout,
+    ColumnOutput,
+    LSTMState,
+    Transform,
+    check_source,
+    layer_shapes,
+)
 from rllib_pnn.network.spec import ColumnSpec
 from rllib_pnn.network.together import Graph, SideBySide, first_layers
 
@@ -183,12 +192,10 @@ class ProgressiveNetwork(nn.Module):
         sources = () if lateral == "none" else tuple(column.layout.spec for column in self.columns)
         shapes = layer_shapes(spec, self.observation_shape)
         for j, source in enumerate(sources):
-            others = layer_shapes(source, self.observation_shape)
-            if len(others) != len(shapes) or any(a[1:] != b[1:] for a, b in zip(others, shapes, strict=True)):
-                raise ValueError(
-                    f"column {len(self.columns)}: layers of shapes {shapes[1:]} can't take laterals from column "
-                    f"{j} with {others[1:]}: the number of layers and the map sizes must agree"
-                )
+            try:
+                check_source(shapes, j, layer_shapes(source, self.observation_shape))
+            except ValueError as error:
+                raise ValueError(f"column {len(self.columns)}: {error}") from None
         return ColumnLayout(
             self.observation_shape,
             self.num_outputs,

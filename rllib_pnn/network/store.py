@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import struct
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Final, Literal, NoReturn
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 
+from rllib_pnn.files import RefusedFile, claim, open_regular, write_whole
 from rllib_pnn.network.column import Column, ColumnLayout
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.spec import ColumnSpec
@@ -120,6 +120,22 @@ class ColumnStore:
         """One entry a column, oldest first; [] if nothing was stored yet. Raises `ColumnStoreError`."""
         return self.manifest.columns if self.exists() else []
 
+    def claim(self, timeout_s: float = 60.0) -> None:
+        """Keeps other processes from claiming this store until this one ends; waits for one that is just ending.
+
+        Whoever writes to a store over a long time claims it first: a process that was cut off rather than ended (its
+        driver killed, its node lost) could otherwise store a column behind the back of the one that took its place.
+
+        Raises:
+            ColumnStoreError: another process held it for `timeout_s`.
+        """
+        try:
+            holder = claim(self.path, timeout_s)
+        except OSError as error:
+            raise ColumnStoreError(f"{error.filename or self.path}: {error.strerror or error}") from error
+        if holder is not None:
+            raise ColumnStoreError(f"{self.path}: written to by {holder}; stop it first")
+
     def save_column(
         self,
         network: ProgressiveNetwork,
@@ -207,8 +223,8 @@ class ColumnStore:
         tensors = {n: p.detach().to("cpu", torch.float32).contiguous() for n, p in column.named_parameters()}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _write(self.path / entry.file, safetensors_save(tensors))
-            _write(self.path / MANIFEST, text)
+            write_whole(self.path / entry.file, safetensors_save(tensors))
+            write_whole(self.path / MANIFEST, text)
         except OSError as error:
             raise ColumnStoreError(f"{error.filename or self.path}: {error.strerror or error}") from error
         return entry
@@ -372,46 +388,12 @@ def _read(path: Path, limit: int) -> bytes:
 
 
 def _open(path: Path, limit: int) -> BinaryIO:
-    """Opens a regular file; links, folders, devices and files above `limit` bytes are refused before reading."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        return open_regular(path, limit)
     except FileNotFoundError:
         raise ColumnStoreError(f"{path}: no such file; expected a column store (a run's `columns` folder)") from None
-    except OSError as error:
-        reason = "a symbolic link, refused" if path.is_symlink() else error.strerror
-        raise ColumnStoreError(f"{path}: {reason}") from None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ColumnStoreError(f"{path}: not a regular file")
-        if status.st_size > limit:
-            raise ColumnStoreError(f"{path}: {status.st_size} bytes, expected at most {limit}")
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes a file so that it is there whole or not at all, even if the machine stops."""
-    # One name, not one a process: what a kill leaves behind is replaced by the next attempt.
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        # O_EXCL: a link that someone put there is not followed.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    except RefusedFile as error:
+        raise ColumnStoreError(str(error)) from None
 
 
 def _one_line(message: object) -> str:

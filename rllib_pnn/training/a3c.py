@@ -70,6 +70,7 @@ from rllib_pnn.training.a3c_env_runner import (
     Weights,
     episode_callbacks,
 )
+from rllib_pnn.training.trouble import TrainingTrouble
 
 logger = logging.getLogger(__name__)
 
@@ -282,6 +283,8 @@ class A3CLearner(TorchLearner):
         self._num_env_steps = 0  # that came with gradients, dropped ones included; what schedules run on
         self._num_env_steps_trained = 0
         self._num_dropped = dict.fromkeys(DROP_REASONS, 0)
+        self._num_not_finite_unreported = 0
+        self._only_not_finite = False  # whether that holds for all gradients between the last two get_metrics()
         # Since the last get_metrics():
         self._sums: dict[str, float] = defaultdict(float)
         self._num_applied_unreported = self._num_steps_unreported = self._max_staleness = 0
@@ -325,6 +328,7 @@ class A3CLearner(TorchLearner):
             reason = None if np.isfinite(self._gradient_norm) else "not_finite"
         if reason is not None:
             self._num_dropped[reason] += 1
+            self._num_not_finite_unreported += reason == "not_finite"
         else:
             self._note(info)
             self._update_parameters(layout)
@@ -415,10 +419,28 @@ class A3CLearner(TorchLearner):
             log((DEFAULT_MODULE_ID, f"num_gradients_dropped_{reason}_lifetime"), count, window=1)
         log((DEFAULT_MODULE_ID, "curr_entropy_coeff"), self._entropy_coeff, window=1)
         log((DEFAULT_MODULE_ID, WEIGHTS_SEQ_NO), self._weights_seq_no, window=1)
+        self._only_not_finite = self._num_not_finite_unreported > 0 and not applied
+        self._num_not_finite_unreported = 0
         self._sums.clear()
         self._num_applied_unreported = self._num_steps_unreported = self._max_staleness = 0
         self._apply_seconds = 0.0
         return self.metrics.reduce()
+
+    def position(self) -> str:
+        """Where training stands, in words."""
+        return f"after {self._num_env_steps:,} env steps"
+
+    def find_trouble(self) -> str | None:
+        """Why going on makes no sense, in one line; None if all is well.
+
+        A single gradient that is not finite is dropped and counted; when no other kind comes, nothing is learned.
+        """
+        if not self._only_not_finite:
+            return None
+        return (
+            f"{self.position()}: no gradient is finite any more; lower lr, set grad_clip, or look for observations and "
+            "rewards that are not finite"
+        )
 
     @property
     def _single_module(self) -> Any:
@@ -634,8 +656,13 @@ class A3C(Algorithm):
             self._requests[info] = _Request(actor_id, gradient)
 
     def _take_learner_results(self) -> None:
-        results = self.learner_group.foreach_learner(func=lambda learner: learner.get_metrics())
-        self.metrics.aggregate([result.get() for result in results], key=LEARNER_RESULTS)
+        results = self.learner_group.foreach_learner(
+            func=lambda learner: (learner.get_metrics(), learner.find_trouble())
+        )
+        metrics, troubles = zip(*(result.get() for result in results), strict=True)
+        self.metrics.aggregate(list(metrics), key=LEARNER_RESULTS)
+        for trouble in filter(None, troubles):
+            raise TrainingTrouble(trouble)
         # `algo.get_module()` and checkpoints read the local EnvRunner's module.
         local = self.env_runner
         if local is not None and not (local.has_learner_state and local.load_weights(self._current_weights())):

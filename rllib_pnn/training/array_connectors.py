@@ -54,6 +54,7 @@ from rllib_pnn.network.memory import keep_freed_memory
 logger = logging.getLogger(__name__)
 
 ROWS_PER_CHUNK = 256  # of a train batch, in forward passes without gradients
+SAMPLER_PAUSE_S = 0.01  # a rollout takes some ten times as long
 _ROWS_OF_EPISODES = "rows_of_episodes"  # key of `shared_data`; set if the batch was made of arrays
 
 
@@ -62,7 +63,9 @@ def use_array_pipeline(config: AlgorithmConfig) -> AlgorithmConfig:
 
     Works with any episodes and pays most with those of `ArrayEnvRunner`. Call it after `config.training(...)` or
     before: settings are read when the Learner is built. A `learner_connector` that is set already keeps its place among
-    RLlib's own connectors, which are then used instead of the array version.
+    RLlib's own connectors, which are then used instead of the array version. IMPALA's and APPO's driver gets a pause
+    between its looks for new samples where it had none (`timeout_s_sampler_manager`): else it takes a core from the
+    Learner and the EnvRunners by asking.
 
     Raises:
         ValueError: the algorithm is another one, there are several agents, or the default connectors are switched off.
@@ -78,6 +81,8 @@ def use_array_pipeline(config: AlgorithmConfig) -> AlgorithmConfig:
             "config: `add_default_connectors_to_learner_pipeline` is False, so that there is nothing to replace; "
             "leave it True, or put `BatchEpisodes()` into your own pipeline"
         )
+    if isinstance(config, IMPALAConfig) and config.timeout_s_sampler_manager == 0.0:
+        config.training(timeout_s_sampler_manager=SAMPLER_PAUSE_S)
     config.learners(
         learner_class=array_learner_class(config.learner_class),
         learner_connector=_ArrayConnectors(config._learner_connector),

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
+import tempfile
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +36,11 @@ from ray.tune.result import DONE, SHOULD_CHECKPOINT
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.store import ColumnStore, ColumnStoreError
 from rllib_pnn.training.evaluation import ColumnEvaluation, evaluate_shard, shards
+from rllib_pnn.training.recognition import KEY as FIRST_OBSERVATIONS
 from rllib_pnn.training.rl_module import MODEL_CONFIG_KEY, ProgressiveRLModule, _column_state, grow
 from rllib_pnn.training.task_env_runner import EPISODE_METRICS
 from rllib_pnn.training.tasks import Task, parse_tasks
+from rllib_pnn.training.trouble import TrainingTrouble
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +69,7 @@ class ProgressiveCallback(RLlibCallback):
         self._last_progress: dict[str, Any] = {}
         self._scores: dict[str, dict[str, Any]] = {}
         self._returns: deque[float] = deque(maxlen=1)
+        self._first_observations: dict[str, dict[str, Any]] = {}  # by task, for `rllib evaluate --task auto`
 
     # -- RLlib's hooks -------------------------------------------------------------------------------------------
 
@@ -76,6 +81,13 @@ class ProgressiveCallback(RLlibCallback):
         )
         self._returns = deque(maxlen=algorithm.config.metrics_num_episodes_for_smoothing)
         self._store = self._open_store(algorithm)
+        self._store.claim()
+        storage = getattr(algorithm, "_storage", None)
+        if storage is not None:
+            # Tune stages checkpoints in the system's temporary folder, where a killed process leaves half of one for
+            # good; a folder beside its own goes with Ray's session.
+            tempfile.tempdir = f"{storage.trial_working_directory}.staging"
+            os.makedirs(tempfile.tempdir, exist_ok=True)
         if self._settings.get("columns_from"):
             self._start_from(algorithm, ColumnStore(self._settings["columns_from"]))
 
@@ -112,6 +124,9 @@ class ProgressiveCallback(RLlibCallback):
 
     @override(RLlibCallback)
     def on_train_result(self, *, algorithm: Algorithm, result: dict[str, Any], **kwargs: Any) -> None:
+        trouble = next((t for t in _on_learners(algorithm, lambda learner: learner.find_trouble()) if t), None)
+        if trouble is not None:
+            raise TrainingTrouble(trouble)  # before a checkpoint of it could be taken
         self._ready = self._ready and self._progress(algorithm) == self._last_progress
         self._catch_up(algorithm)
         progress = self._progress(algorithm)
@@ -120,7 +135,8 @@ class ProgressiveCallback(RLlibCallback):
         total_steps = int(result.get(NUM_ENV_STEPS_SAMPLED_LIFETIME) or 0)
         steps = total_steps - progress["task_start_env_steps"]
         ended = (runners.pop(TASK_RETURNS, None) or {}).get(str(progress["task_index"]), [])
-        ended = ended if isinstance(ended, list) else []
+        # RLlib's compile() makes a number of a series of one, and NaN of an empty one.
+        ended = [value for value in (ended if isinstance(ended, list) else [ended]) if not math.isnan(value)]
         self._returns.extend(ended)
         mean = sum(self._returns) / len(self._returns) if self._returns else math.nan
         over = not progress["finished"] and task.is_over(
@@ -282,7 +298,7 @@ class ProgressiveCallback(RLlibCallback):
             self._store.save_column(
                 network,
                 k,
-                task=f"{Path(source.path).name}:{entry.task}"[:200],
+                task=entry.task if entry.extra.get("source") else f"{Path(source.path).name}:{entry.task}"[:200],
                 env=entry.env,
                 env_config=entry.env_config,
                 score=entry.score,
@@ -356,6 +372,9 @@ class ProgressiveCallback(RLlibCallback):
             parts = [part for job, part in zip(jobs, played, strict=True) if job[0] == first + i]
             evaluation = ColumnEvaluation.merge(parts)
             mean = evaluation.episode_return_mean
+            seen = evaluation.first_steps.statistics() if evaluation.first_steps is not None else None
+            if seen is not None:
+                self._first_observations[self._tasks[i].name] = seen.to_json()
             score = self._scores.get(self._tasks[i].name) or _score_of(mean, evaluation.digest)
             before = score["frozen_episode_return_mean"]
             self._scores[self._tasks[i].name] = score | {
@@ -366,11 +385,23 @@ class ProgressiveCallback(RLlibCallback):
             }
 
     def _store_column(self, network: ProgressiveNetwork, k: int, progress: dict[str, Any], steps: int | None) -> None:
-        if k < len(self._store.entries):
+        entries = self._store.entries
+        if k < len(entries):
+            mine = str(network.columns[k].fingerprint)
+            if entries[k].fingerprint != mine:
+                raise ColumnStoreError(
+                    f"{self._store.path}: column {k} is stored with fingerprint {entries[k].fingerprint[:12]}, this "
+                    f"run's is {mine[:12]}: another process trained the same task; resume to go on from the stored one"
+                )
             return
         i = k - progress["first_column"]
         task = self._tasks[i] if i >= 0 else None
         score = self._scores.get(task.name) if task else None
+        extra: dict[str, Any] = {}
+        if score:
+            extra = {"digest": score["digest"], "num_episodes": score["num_episodes"]}
+        if task is not None and task.name in self._first_observations:
+            extra[FIRST_OBSERVATIONS] = self._first_observations[task.name]
         self._store.save_column(
             network,
             k,
@@ -379,7 +410,7 @@ class ProgressiveCallback(RLlibCallback):
             env_config=dict(task.env_config) if task else {},
             score=None if score is None else score["frozen_episode_return_mean"],
             num_env_steps=steps if task else 0,
-            extra={"digest": score["digest"], "num_episodes": score["num_episodes"]} if score else {},
+            extra=extra,
         )
 
     # -- where columns are stored --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
@@ -19,6 +19,7 @@ from ray.tune.registry import ENV_CREATOR, _global_registry
 
 import rllib_pnn.envs.registry  # noqa: F401  # makes the package's ids known
 from rllib_pnn.network.progressive import ProgressiveNetwork
+from rllib_pnn.training.recognition import FIRST_STEPS, FirstSteps, Recogniser, features_of
 
 EPISODES_PER_SHARD = 8  # environments that one process plays side by side
 
@@ -31,11 +32,15 @@ class ColumnEvaluation:
         returns: return of every episode, unclipped.
         lengths: steps of every episode.
         digest: SHA-256 over all policy outputs in order; equal digests mean bit-equal behaviour.
+        first_steps: what the episodes' first steps showed.
+        chosen: the column that played each episode; empty unless it was chosen from the observations.
     """
 
     returns: tuple[float, ...]
     lengths: tuple[int, ...]
     digest: str
+    first_steps: FirstSteps | None = field(default=None, compare=False)
+    chosen: tuple[int, ...] = ()
 
     @property
     def episode_return_mean(self) -> float:
@@ -44,10 +49,16 @@ class ColumnEvaluation:
     @classmethod
     def merge(cls, parts: Sequence[ColumnEvaluation]) -> ColumnEvaluation:
         digest = hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
+        first_steps: FirstSteps | None = None
+        for part in parts:
+            if part.first_steps is not None:
+                first_steps = part.first_steps if first_steps is None else first_steps.merge(part.first_steps)
         return cls(
             tuple(r for part in parts for r in part.returns),
             tuple(n for part in parts for n in part.lengths),
             digest if len(parts) != 1 else parts[0].digest,
+            first_steps,
+            tuple(k for part in parts for k in part.chosen),
         )
 
 
@@ -108,6 +119,37 @@ def evaluate_column(
     )
 
 
+def evaluate_recognised(
+    network: ProgressiveNetwork,
+    env: str | Callable[[EnvContext], Any],
+    env_config: Mapping[str, Any],
+    *,
+    columns: Sequence[int],
+    recogniser: Recogniser,
+    num_episodes: int,
+    seed: int = 0,
+    deterministic: bool = False,
+    normalize_actions: bool = True,
+) -> ColumnEvaluation:
+    """Plays without being told which column to play with.
+
+    In the first steps of an episode the column that fits best so far acts, then the one that fits best. A recurrent
+    column that takes over starts with an empty memory.
+
+    Args:
+        columns: those that may play, in the recogniser's order.
+        recogniser: made of their statistics.
+    """
+    return ColumnEvaluation.merge(
+        [
+            evaluate_shard(
+                network, env, env_config, -1, count, shard_seed, deterministic, normalize_actions, (columns, recogniser)
+            )
+            for count, shard_seed in shards(num_episodes, seed)
+        ]
+    )
+
+
 @torch.no_grad()
 def evaluate_shard(
     network: ProgressiveNetwork,
@@ -118,8 +160,9 @@ def evaluate_shard(
     seed: int,
     deterministic: bool,
     normalize_actions: bool,
+    recognise: tuple[Sequence[int], Recogniser] | None = None,
 ) -> ColumnEvaluation:
-    """One episode in each of `num_episodes` environments."""
+    """One episode in each of `num_episodes` environments; `recognise` chooses the column of each."""
     envs = make_vector_env(env, env_config, num_episodes)
     try:
         space = envs.single_action_space
@@ -128,23 +171,79 @@ def evaluate_shard(
         returns, lengths = np.zeros(num_episodes), np.zeros(num_episodes, dtype=int)
         playing = np.ones(num_episodes, dtype=bool)
         state = network.initial_state(num_episodes)
+        first_steps = FirstSteps(
+            int(space.n) if isinstance(space, gym.spaces.Discrete) else None,
+            len(envs.single_observation_space.shape) > 1,
+        )
+        fit = np.zeros((num_episodes, len(recognise[0]) if recognise else 0))
+        players = np.full(num_episodes, column)
+        before: np.ndarray | None = None
+        actions: Any = None
+        step = 0
         obs, _ = envs.reset(seed=seed)
         # An environment whose episode ended plays on unheard (whatever its autoreset mode) until all have ended.
         while playing.any():
+            if step < FIRST_STEPS:
+                features = features_of(obs)
+                taken = None if actions is None else np.asarray(actions) - int(getattr(space, "start", 0))
+                first_steps.add(
+                    features[playing],
+                    None if before is None else before[playing],
+                    None if taken is None else taken[playing],
+                )
+                if recognise is not None:
+                    fit += recognise[1].log_likelihood(features, before, taken)
+                    chosen = np.asarray(recognise[0])[fit.argmax(1)]
+                    for value in state.values():
+                        value[torch.from_numpy(chosen != players)] = 0.0
+                    players = np.where(playing, chosen, players)
+                before = features
+            step += 1
             batch = torch.as_tensor(np.asarray(obs))
             if network.is_recurrent:
                 batch = batch.unsqueeze(1)
-            logits, _, state = network(batch, column, state or None)
+            if recognise is None:
+                logits, _, state = network(batch, column, state or None)
+            else:
+                logits, state = _each_its_column(network, batch, players, state)
             logits = (logits.squeeze(1) if network.is_recurrent else logits).cpu()
             digest.update(logits[torch.from_numpy(playing)].numpy().tobytes())
             actions = _act(logits, space, generator, deterministic, normalize_actions)
-            obs, rewards, terminated, truncated, _ = envs.step(actions)
+            obs, rewards, terminated, truncated, infos = envs.step(actions)
             returns[playing] += rewards[playing]
             lengths[playing] += 1
-            playing &= ~(terminated | truncated)
-        return ColumnEvaluation(tuple(map(float, returns)), tuple(map(int, lengths)), digest.hexdigest())
+            ended = playing & (terminated | truncated)
+            if "episode_score" in infos:  # environments that clip rewards for learning tell the unclipped return
+                told = ended & np.asarray(infos.get("_episode_score", ended))
+                returns[told] = np.asarray(infos["episode_score"])[told]
+            playing &= ~ended
+        return ColumnEvaluation(
+            tuple(map(float, returns)),
+            tuple(map(int, lengths)),
+            digest.hexdigest(),
+            first_steps,
+            () if recognise is None else tuple(map(int, players)),
+        )
     finally:
         envs.close()
+
+
+def _each_its_column(
+    network: ProgressiveNetwork, batch: torch.Tensor, players: np.ndarray, state: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Policy outputs of row i by column `players[i]`, and all rows' new states."""
+    parts = []
+    state = {key: value.clone() for key, value in state.items()}
+    for k in np.unique(players):
+        rows = torch.from_numpy(players == k)
+        logits, _, after = network(batch[rows], int(k), {key: value[rows] for key, value in state.items()} or None)
+        for key, value in after.items():
+            state[key][rows] = value
+        parts.append((rows, logits))
+    joined = parts[0][1].new_zeros((len(batch), *parts[0][1].shape[1:]))
+    for rows, logits in parts:
+        joined[rows] = logits
+    return joined, state
 
 
 def _act(

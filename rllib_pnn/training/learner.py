@@ -3,17 +3,20 @@
 - The optimizer holds trainable parameters only and is rebuilt when the module's columns change.
 - Rollouts of another task than the module's current one are dropped before they reach a loss.
 - Schedules (learning rate, entropy) start anew with every task.
+- A loss or gradient that is not finite trains nothing. The Learner notes it as its trouble rather than raise: IMPALA's
+  updates in a thread, whose death nobody would notice. `ProgressiveCallback` asks for it and raises `TrainingTrouble`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,13 +32,16 @@ from ray.rllib.core.rl_module.torch.torch_rl_module import TorchDDPRLModule
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
-from ray.rllib.utils.typing import EpisodeType, StateDict
+from ray.rllib.utils.typing import EpisodeType, ParamDict, StateDict
 
 from rllib_pnn.network.memory import keep_freed_memory
-from rllib_pnn.training.rl_module import ProgressiveRLModule
+from rllib_pnn.training.rl_module import MODEL_CONFIG_KEY, ProgressiveRLModule
+
+logger = logging.getLogger(__name__)
 
 TASK_INDEX = "task_index"  # batch column: the task that a row was played on
 NUM_ENV_STEPS_DROPPED = "num_env_steps_of_old_task_dropped_lifetime"
+NUM_UPDATES_SKIPPED = "num_updates_not_finite_skipped_lifetime"  # with torch_skip_nan_gradients
 
 
 def note_task(episode: SingleAgentEpisode, task_index: int) -> None:
@@ -51,6 +57,12 @@ def task_of(episode: SingleAgentEpisode) -> int | None:
     """The task that `note_task` wrote; None if it was never called."""
     head, _, rest = str(episode.id_).partition("/")
     return int(head.removeprefix("task-")) if rest and head.startswith("task-") else None
+
+
+def total_norm(tensors: Iterable[torch.Tensor]) -> float:
+    """The norm of all tensors as of one vector; NaN or infinite if anything in them is."""
+    with torch.no_grad():
+        return float(torch.nn.utils.get_total_norm([t for t in tensors if t is not None]))
 
 
 class AddTaskIndex(ConnectorV2):
@@ -89,6 +101,8 @@ class ProgressiveLearnerMixin(Learner):
         keep_freed_memory()
         # Guards the module's columns and optimizer: IMPALA's Learner updates in a thread of its own.
         self._growth_lock = threading.RLock()
+        self._task_env_steps = 0
+        self._trouble: str | None = None
         super().build()
         if (
             self.config.num_learners == 0
@@ -175,9 +189,70 @@ class ProgressiveLearnerMixin(Learner):
                     (ALL_MODULES, NUM_ENV_STEPS_DROPPED), int(np.prod(indices.shape)), reduce="lifetime_sum"
                 )
                 return {}, {}, {}
-            if self.progressive_module.network.columns[-1].is_frozen:
+            if self.progressive_module.network.columns[-1].is_frozen or self._trouble is not None:
                 return {}, {}, {}
-            return super()._update(batch, **kwargs)
+            try:
+                return super()._update(batch, **kwargs)
+            except Exception as error:
+                if not isinstance(self.config, IMPALAConfig):
+                    raise
+                # Its thread would die, and RLlib wait for it for ever.
+                logger.exception("update failed")
+                self._trouble = f"{self.position()}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                return {}, {}, {}
+
+    @override(Learner)
+    def compute_gradients(self, loss_per_module: dict[str, torch.Tensor], **kwargs: Any) -> ParamDict:
+        gradients = super().compute_gradients(loss_per_module, **kwargs)
+        self._gradients_are_finite = True
+        if gradients:
+            norm = total_norm(gradients.values())
+            loss = sum(float(loss.detach()) for loss in loss_per_module.values())
+            if not (math.isfinite(norm) and math.isfinite(loss)):
+                self._gradients_are_finite = False
+                if self.config.torch_skip_nan_gradients:
+                    self.metrics.log_value((ALL_MODULES, NUM_UPDATES_SKIPPED), 1, reduce="lifetime_sum")
+                else:
+                    self._note_not_finite(f"the loss is {loss:g}, its gradient's norm {norm:g}")
+        return gradients
+
+    @override(Learner)
+    def apply_gradients(self, gradients_dict: ParamDict) -> None:
+        # RLlib would put 0 for NaN and go on; Adam's averages would remember the infinite ones for ever.
+        if self._gradients_are_finite:
+            super().apply_gradients(gradients_dict)
+
+    _gradients_are_finite = True  # of the newest update; A3C's Learner looks at its gradients itself
+
+    # -- trouble -------------------------------------------------------------------------------------------------
+
+    def position(self) -> str:
+        """Where training stands, in words."""
+        progress = self.progressive_module.progress
+        tasks = self.progressive_module.model_config[MODEL_CONFIG_KEY]["tasks"]
+        index = progress["task_index"]
+        return (
+            f"task '{tasks[index]['name']}' ({index + 1} of {len(tasks)}), column {progress['first_column'] + index}, "
+            f"after {int(self._task_env_steps):,} env steps on it"
+        )
+
+    def find_trouble(self) -> str | None:
+        """Why this Learner no longer trains, in one line; None if all is well. Looks at the weights too."""
+        with self._growth_lock:
+            if self._trouble is None:
+                trained = self.get_parameters(self.progressive_module)
+                norm = total_norm(trained) if trained else 0.0
+                if not math.isfinite(norm):
+                    self._note_not_finite(f"the norm of its weights is {norm:g}")
+            own = getattr(super(), "find_trouble", None)  # A3C's Learner has another eye on its gradients
+            return self._trouble or (own() if own is not None else None)
+
+    def _note_not_finite(self, what: str) -> None:
+        if self._trouble is None:
+            self._trouble = (
+                f"{self.position()}: {what}; lower lr, set grad_clip, or look for observations and rewards that are "
+                "not finite"
+            )
 
     @override(Learner)
     def _create_iterator_if_necessary(
@@ -202,7 +277,8 @@ class ProgressiveLearnerMixin(Learner):
         timesteps = dict(timesteps or {})
         if NUM_ENV_STEPS_SAMPLED_LIFETIME in timesteps:
             start = self.progressive_module.progress["task_start_env_steps"]
-            timesteps[NUM_ENV_STEPS_SAMPLED_LIFETIME] = max(0, timesteps[NUM_ENV_STEPS_SAMPLED_LIFETIME] - start)
+            self._task_env_steps = max(0, timesteps[NUM_ENV_STEPS_SAMPLED_LIFETIME] - start)
+            timesteps[NUM_ENV_STEPS_SAMPLED_LIFETIME] = self._task_env_steps
         return timesteps
 
     @override(Learner)

@@ -51,6 +51,10 @@ from rllib_pnn.training.task_env_runner import task_env_runner_class
 from rllib_pnn.training.tasks import Task, parse_tasks
 
 MAX_SEQ_LEN = 20  # steps of a sequence in train batches of recurrent columns; RLlib's own default
+_DEFAULTS = AlgorithmConfig()
+# Where a config has RLlib's defaults: with those, an EnvRunner whose node is lost costs 30 s in every iteration, and an
+# exception in an environment 60 s, which all others wait for.
+_FAULT_TOLERANCE = {"env_runner_health_probe_timeout_s": 2.0, "delay_between_env_runner_restarts_s": 1.0}
 
 
 def make_progressive(
@@ -167,6 +171,9 @@ def make_progressive(
     if config.env in ENV_IDS and config.gym_env_vectorize_mode == gym.VectorizeMode.SYNC:
         # The same observations, all environments of an EnvRunner stepped together.
         progressive.env_runners(gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT)
+    for name, seconds in _FAULT_TOLERANCE.items():
+        if getattr(config, name) == getattr(_DEFAULTS, name):
+            progressive.fault_tolerance(**{name: seconds})
     callbacks = [c for c in force_list(config.callbacks_class) if not issubclass(c, ProgressiveCallback)]
     progressive.callbacks([*callbacks, ProgressiveCallback])
     return progressive
