@@ -250,6 +250,21 @@ def test_a_column_that_was_stored_is_never_trained_again(tmp_path):
     assert [e.task for e in ColumnStore(tmp_path / "columns").entries] == ["plain", "flipped"]
 
 
+def test_every_episode_counts_one_that_ends_alone_too(tmp_path):
+    """RLlib hands over a series of one as a number."""
+    base = config()
+    base.env_runners(num_envs_per_env_runner=1, rollout_fragment_length=10)
+    base.training(train_batch_size_per_learner=10, minibatch_size=10)
+    made = progressive(tmp_path, config=base, steps=10**6).build_algo()
+    try:
+        results = [made.train() for _ in range(30)]
+    finally:
+        made.stop()
+    counts = [r["progressive"]["num_episodes"] for r in results]
+    assert 1 in counts
+    assert sum(counts) == results[-1]["env_runners"]["num_episodes_lifetime"]
+
+
 def test_a_column_is_not_frozen_on_returns_that_its_newest_weights_do_not_reach(tmp_path, monkeypatch, caplog):
     """A bad last update must not be frozen for ever: the task ends by return only if that is played again."""
     played = []

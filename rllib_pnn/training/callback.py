@@ -135,7 +135,8 @@ class ProgressiveCallback(RLlibCallback):
         total_steps = int(result.get(NUM_ENV_STEPS_SAMPLED_LIFETIME) or 0)
         steps = total_steps - progress["task_start_env_steps"]
         ended = (runners.pop(TASK_RETURNS, None) or {}).get(str(progress["task_index"]), [])
-        ended = ended if isinstance(ended, list) else []
+        # RLlib's compile() makes a number of a series of one, and NaN of an empty one.
+        ended = [value for value in (ended if isinstance(ended, list) else [ended]) if not math.isnan(value)]
         self._returns.extend(ended)
         mean = sum(self._returns) / len(self._returns) if self._returns else math.nan
         over = not progress["finished"] and task.is_over(
