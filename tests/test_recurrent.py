@@ -362,6 +362,39 @@ def test_train_switch_train_checkpoint_restore_train(tmp_path, algorithm):
 
 
 @pytest.mark.usefixtures("cluster")
+def test_episodes_with_states_of_fewer_columns_are_dropped(tmp_path):
+    """Promise 4: what an EnvRunner sampled before it heard of the new column trains nothing and breaks nothing."""
+    tasks = [{"name": v, "env_config": {"variant": v}} for v in VARIANTS[:2]]
+    config = base_config("PPO", num_env_runners=0)
+    made = make_progressive(config, tasks=tasks, column=RECURRENT, column_store=tmp_path, evaluation_episodes=0)
+    algorithm = made.build_algo()
+    try:
+        learner, runner = algorithm.learner_group._learner, algorithm.env_runner
+        module = learner.progressive_module
+        old = runner.sample(num_timesteps=40)
+        learner.grow({**module.progress, "task_index": 1})
+        runner.follow(module.get_state())
+        new = runner.sample(num_timesteps=40)
+        for episodes, trains in ((old, False), (old[:1] + new, False), (runner.sample(num_timesteps=40), True)):
+            before = [p.detach().clone() for p in module.network.parameters()]
+            algorithm.learner_group.update(
+                episodes=[e for e in episodes if len(e)], num_epochs=1, minibatch_size=20, timesteps={}
+            )
+            after = module.network.parameters()
+            assert trains != all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    finally:
+        algorithm.stop()
+
+
+def test_aggregator_actors_do_not_go_with_lstm_columns():
+    config = base_config("IMPALA").learners(num_aggregator_actors_per_learner=1)
+    tasks = [{"name": "plain", "env_config": {"variant": "plain"}}]
+    with pytest.raises(ValueError, match="num_aggregator_actors_per_learner"):
+        make_progressive(config, tasks=tasks, column=RECURRENT)
+    make_progressive(config, tasks=tasks, column="mlp")
+
+
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("algorithm", ["A3C", "PPO"])
 def test_only_the_new_recurrent_column_trains(tmp_path, algorithm):
     """Promise 4 with gradients through time: the frozen columns keep their bits, every part of the new one moves."""

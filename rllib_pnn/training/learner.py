@@ -25,6 +25,7 @@ from ray.rllib.algorithms.impala import IMPALAConfig
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.core import ALL_MODULES, DEFAULT_MODULE_ID
+from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.learner import Learner
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.core.rl_module.rl_module import RLModule
@@ -93,6 +94,32 @@ class AddTaskIndex(ConnectorV2):
         return batch
 
 
+class DropOldStates(ConnectorV2):
+    """Learner connector: takes the LSTM states from episodes of another task than the module's.
+
+    They are of as many columns as there were then, so that they fit no batch of today's module. An episode without
+    states is batched with initial ones; the batch it is in is refused as a whole, by its `TASK_INDEX`. Such episodes
+    come late at a switch, or from an EnvRunner that has just restarted. Stands at the pipeline's beginning.
+    """
+
+    @override(ConnectorV2)
+    def __call__(
+        self,
+        *,
+        rl_module: Any,
+        batch: dict[str, Any],
+        episodes: list[EpisodeType],
+        explore: bool | None = None,
+        shared_data: dict | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        module: ProgressiveRLModule = rl_module[DEFAULT_MODULE_ID].unwrapped()
+        for episode in episodes:
+            if task_of(episode) != module.task_index:
+                episode.extra_model_outputs.pop(Columns.STATE_OUT, None)
+        return batch
+
+
 class ProgressiveLearnerMixin(Learner):
     """Put in front of a TorchLearner class by `progressive_learner_class`."""
 
@@ -112,6 +139,7 @@ class ProgressiveLearnerMixin(Learner):
             # PPO's EnvRunners wait while the Learner in the algorithm's process updates: their cores are free.
             torch.set_num_threads(max(1, min(os.cpu_count() or 1, self.config.num_env_runners)))
         if self._learner_connector is not None:
+            self._learner_connector.prepend(DropOldStates())
             self._learner_connector.append(AddTaskIndex())
 
     @property

@@ -32,6 +32,7 @@ from ray.tune.registry import ENV_CREATOR, _global_registry
 from rllib_pnn.envs.registry import ENV_IDS
 from rllib_pnn.network.adapter import LATERALS
 from rllib_pnn.network.progressive import ProgressiveNetwork
+from rllib_pnn.network.spec import ColumnSpec
 from rllib_pnn.network.store import ColumnStore
 from rllib_pnn.training.a3c import A3CConfig
 from rllib_pnn.training.array_connectors import use_array_pipeline
@@ -127,6 +128,11 @@ def make_progressive(
             shifts = typical
         network = ProgressiveNetwork(
             observation_shape_of(observation_space), num_outputs_of(action_space), column, lateral=lateral
+        )
+    if ColumnSpec.parse(column).is_recurrent and config.num_aggregator_actors_per_learner:
+        raise ValueError(
+            f"config: num_aggregator_actors_per_learner ({config.num_aggregator_actors_per_learner}) must be 0 with "
+            "LSTM columns: AggregatorActors know the first column alone, and so not the length of the states"
         )
     source = _source_store(columns_from)
     if source is not None and network is not None:
