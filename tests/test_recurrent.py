@@ -319,7 +319,9 @@ def train_until(algorithm, condition, limit=400):
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("algorithm", ["A3C", "PPO", "IMPALA", pytest.param("APPO", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "algorithm", ["A3C", *(pytest.param(name, marks=pytest.mark.slow) for name in ("PPO", "IMPALA", "APPO"))]
+)
 def test_train_switch_train_checkpoint_restore_train(tmp_path, algorithm):
     steps = [160, 4000, 160]
     tasks = [
