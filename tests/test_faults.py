@@ -266,7 +266,7 @@ def rows_of(run: RunFolder) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "fault",
     [
-        "ray.rllib.algorithms.algorithm:Algorithm.training_step:after:5",
+        "ray.rllib.algorithms.ppo.ppo:PPO.training_step:after:5",
         "ray.rllib.algorithms.algorithm:Algorithm.save_checkpoint:before:2",
         "ray.train._internal.storage:_pyarrow_fs_copy_files:before:2",
         "ray.train._internal.storage:_pyarrow_fs_copy_files:after:2",

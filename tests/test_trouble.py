@@ -14,6 +14,7 @@ import torch
 from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.impala import IMPALAConfig
 from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.utils.actor_manager import ResultOrError
 from rich.console import Console
 
 import rllib_pnn
@@ -23,7 +24,7 @@ from rllib_pnn.experiment.run import train
 from rllib_pnn.experiment.spec import load_plans
 from rllib_pnn.network import ColumnStore
 from rllib_pnn.training.a3c import A3CConfig
-from rllib_pnn.training.learner import NUM_UPDATES_SKIPPED, total_norm
+from rllib_pnn.training.learner import NUM_UPDATES_SKIPPED, results_of, total_norm
 from rllib_pnn.training.progressive import make_progressive
 from rllib_pnn.training.trouble import TrainingTrouble
 
@@ -156,6 +157,16 @@ def test_an_exception_in_impalas_thread_is_not_waited_for_for_ever(tmp_path, mon
                 made.train()
     finally:
         made.stop()
+
+
+def test_a_dead_learner_is_no_result():
+    error = ray.exceptions.ActorDiedError()
+    good, bad = ResultOrError(result=1), ResultOrError(error=error)
+    assert results_of([good, good]) == [1, 1]
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        results_of([good, bad])
+    with pytest.raises(RuntimeError, match="no Learner is alive"):
+        results_of([])
 
 
 def test_total_norm():

@@ -70,6 +70,7 @@ from rllib_pnn.training.a3c_env_runner import (
     Weights,
     episode_callbacks,
 )
+from rllib_pnn.training.learner import results_of
 from rllib_pnn.training.trouble import TrainingTrouble
 
 logger = logging.getLogger(__name__)
@@ -659,7 +660,7 @@ class A3C(Algorithm):
         results = self.learner_group.foreach_learner(
             func=lambda learner: (learner.get_metrics(), learner.find_trouble())
         )
-        metrics, troubles = zip(*(result.get() for result in results), strict=True)
+        metrics, troubles = zip(*results_of(results), strict=True)
         self.metrics.aggregate(list(metrics), key=LEARNER_RESULTS)
         for trouble in filter(None, troubles):
             raise TrainingTrouble(trouble)

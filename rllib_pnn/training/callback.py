@@ -36,6 +36,7 @@ from ray.tune.result import DONE, SHOULD_CHECKPOINT
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.store import ColumnStore, ColumnStoreError
 from rllib_pnn.training.evaluation import ColumnEvaluation, evaluate_shard, shards
+from rllib_pnn.training.learner import results_of
 from rllib_pnn.training.recognition import KEY as FIRST_OBSERVATIONS
 from rllib_pnn.training.rl_module import MODEL_CONFIG_KEY, ProgressiveRLModule, _column_state, grow
 from rllib_pnn.training.task_env_runner import EPISODE_METRICS
@@ -464,7 +465,7 @@ def _score_of(mean: float, digest: str | None) -> dict[str, Any]:
 
 def _on_learners(algorithm: Algorithm, function: Any) -> list[Any]:
     """Results of `function(learner)` on every Learner; raises what a Learner raised."""
-    return [result.get() for result in algorithm.learner_group.foreach_learner(function)]
+    return results_of(algorithm.learner_group.foreach_learner(function))
 
 
 def _play(

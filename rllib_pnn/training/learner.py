@@ -337,6 +337,21 @@ class ProgressiveLearnerMixin(Learner):
         super()._set_optimizer_state(state)
 
 
+def results_of(answers: Iterable[Any]) -> list[Any]:
+    """What `LearnerGroup.foreach_learner` brought, of every Learner. Raises what a Learner raised, and if none is left.
+
+    RLlib hands exceptions back as if they were results, and leaves out Learners that it knows to be dead.
+    """
+    results = []
+    for answer in answers:
+        if not answer.ok:
+            raise answer.get()
+        results.append(answer.get())
+    if not results:
+        raise RuntimeError("no Learner is alive")
+    return results
+
+
 @functools.cache  # one class object each, so that equal configs compare equal
 def progressive_learner_class(learner_class: type[Learner]) -> type[Learner]:
     """`learner_class` with `ProgressiveLearnerMixin` in front; itself if that is there already."""
