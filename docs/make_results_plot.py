@@ -1,4 +1,4 @@
-"""Draws docs/results/pong_soup/curve.png from curve.csv beside it: return against steps, a line a task."""
+"""Draws curve.png from curve.csv in docs/results/pong_soup and docs/results/cartpole_soup: return against steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-FOLDER = Path(__file__).parent / "results" / "pong_soup"
+RESULTS = Path(__file__).parent / "results"
+# folder: episodes of the mean, the return that was aimed at, the axis
+SUITES = {"pong_soup": (32, 15, (-21.5, 21.5)), "cartpole_soup": (30, 450, (0, 510))}
 
 
-def main() -> None:
-    with open(FOLDER / "curve.csv", newline="") as file:
+def draw(folder: Path, window: int, aim: float, limits: tuple[float, float]) -> None:
+    with open(folder / "curve.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -23,15 +25,16 @@ def main() -> None:
             for row in rows
             if row["task"] == task and row["episode_return_mean"] not in ("", "nan")
         ]
-        axes.plot([x / 1e6 for x, _ in points], [y for _, y in points], label=task, linewidth=1.5)
-    axes.axhline(15, color="0.7", linewidth=0.8, linestyle="--")
+        axes.plot([x / 1e3 for x, _ in points], [y for _, y in points], label=task, linewidth=1.5)
+    axes.axhline(aim, color="0.7", linewidth=0.8, linestyle="--")
     axes.set(
-        xlabel="environment steps on the task, millions", ylabel="return of the last 32 episodes", ylim=(-21.5, 21.5)
+        xlabel="environment steps on the task, thousands", ylabel=f"return of the last {window} episodes", ylim=limits
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(FOLDER / "curve.png", dpi=130)
+    figure.savefig(folder / "curve.png", dpi=130)
 
 
 if __name__ == "__main__":
-    main()
+    for name, settings in SUITES.items():
+        draw(RESULTS / name, *settings)

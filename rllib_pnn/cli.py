@@ -244,7 +244,7 @@ def analyze(
 def prune(
     run: RunArgument,
     column: Annotated[str, typer.Option(metavar="N|NAME", help="Whose laterals: a column or its task.")] = "-1",
-    max_kl: Annotated[float, typer.Option(metavar="KL", min=0.0, help="How far the policy may move, in nats.")] = 0.002,
+    max_kl: Annotated[float, typer.Option(metavar="KL", min=0.0, help="How far the policy may move, in nats.")] = 3e-5,
     episodes: Annotated[int, typer.Option(metavar="N", min=1, help="Episodes of each return.")] = 30,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything random.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The new store; RUN/pruned/ if not given.")] = None,

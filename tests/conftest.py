@@ -58,6 +58,11 @@ def nothing_is_left() -> Iterator[None]:
     yield
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
+    # The labyrinth's guard lives as long as its owner, this process; as at its end, it has to tidy up and go.
+    engine = sys.modules.get("rllib_pnn.envs.labyrinth_engine")
+    if engine is not None and engine._guard is not None:
+        engine._guard.forget()
+        engine._guard = None
     deadline = time.monotonic() + 60
     while (left := _processes()) and time.monotonic() < deadline:
         time.sleep(0.2)

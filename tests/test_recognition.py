@@ -109,11 +109,12 @@ def test_the_nearest_column_and_few_outliers_decide_nothing() -> None:
 
 
 def test_what_never_changes_decides() -> None:
-    """Constant features differ by a little, noise by a lot; no standard deviation of 0 is divided by."""
+    """Constants differ by a little, noise by a lot; and a constant's last digits are rounded in the store."""
     rng = np.random.default_rng(0)
-    tasks = [np.hstack([np.full((100, 1), value), rng.normal(0, 5, (100, 3))]) for value in (1.0, 1.5)]
-    recogniser = Recogniser([statistics_of(values) for values in tasks], False)
-    for k, values in enumerate(tasks):
+    tasks = [np.hstack([np.full((100, 1), value), rng.normal(0, 5, (100, 3))]) for value in (1 / 3, 0.5)]
+    tasks.append(rng.normal(0.4, 0.2, (100, 4)) * [1, 25, 25, 25])  # wide enough for the others' first entries too
+    recogniser = Recogniser([Statistics.from_json(statistics_of(values).to_json()) for values in tasks], False)
+    for k, values in enumerate(tasks[:2]):
         assert (recogniser.log_likelihood(values).argmax(1) == k).all()
 
 

@@ -125,7 +125,7 @@ def prune_run(
     *,
     column: int | str = -1,
     out: Path | str | None = None,
-    max_kl: float = 0.002,
+    max_kl: float = 3e-5,
     num_episodes: int = 30,
     num_states: int = 2048,
     floor: float | None = None,

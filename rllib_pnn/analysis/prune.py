@@ -94,7 +94,7 @@ def prune_laterals(
     rollout: Rollout,
     *,
     column: int = -1,
-    max_kl: float = 0.002,
+    max_kl: float = 3e-5,
     batch_size: int = 256,
 ) -> Pruning:
     """Cuts the lateral inputs and adapter units of `column` that its policy does not need.
