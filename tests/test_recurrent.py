@@ -310,7 +310,7 @@ def test_a3cs_rollouts_start_where_the_acting_states_were(num_columns):
 # -- through the algorithms --------------------------------------------------------------------------------------------
 
 
-def train_until(algorithm, condition, limit=400):
+def train_until(algorithm, condition, limit=5000):
     for _ in range(limit):
         result = algorithm.train()
         if condition(result):
