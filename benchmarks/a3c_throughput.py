@@ -14,7 +14,6 @@ a machine that gets slower or faster meanwhile treats them alike; compare the ra
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import json
 import os
@@ -27,21 +26,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
+from measuring import cpu_seconds, machine, take_turns
 
 CONTESTANTS = ("bare", "a3c", "impala")
 WARM_UP_S = 5.0
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process and its descendants so far."""
-    total = 0.0
-    process = psutil.Process(pid)
-    for each in (process, *process.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            times = each.cpu_times()
-            total += times.user + times.system
-    return total
 
 
 def run_bare(args: argparse.Namespace) -> tuple[float, float]:
@@ -112,7 +100,7 @@ def run_rllib(args: argparse.Namespace) -> tuple[float, float]:
         while True:
             result = algo.train()
             steps = result["learners"].get("__all_modules__", {}).get("num_env_steps_trained_lifetime", 0)
-            last = (time.monotonic(), float(steps), cpu_seconds(os.getpid()))
+            last = (time.monotonic(), float(steps), cpu_seconds())
             if last[0] - begin < WARM_UP_S:
                 continue
             first = first or last
@@ -122,15 +110,6 @@ def run_rllib(args: argparse.Namespace) -> tuple[float, float]:
     finally:
         algo.stop()
         ray.shutdown()
-
-
-def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """One turn of a contestant, in a process of its own."""
-    command = [sys.executable, __file__, "--only", name]
-    for key in ("seconds", "runners", "envs", "rollout", "in_flight"):
-        command += [f"--{key.replace('_', '-')}", str(getattr(args, key))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -151,16 +130,9 @@ def main() -> None:
         print(json.dumps({"env_steps_per_s": rate, "cpu_us_per_env_step": 1e6 * cpu}))
         return
 
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in args.contestants}
-    for number in range(1, args.rounds + 1):
-        for name in args.contestants:
-            turn = measure(name, args)
-            turns[name].append(turn)
-            print(
-                f"round {number}: {name} {turn['env_steps_per_s']:.0f} env-steps/s, "
-                f"{turn['cpu_us_per_env_step']:.0f} us of CPU time each",
-                flush=True,
-            )
+    keys = ("seconds", "runners", "envs", "rollout", "in_flight")
+    arguments = [part for key in keys for part in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
+    turns = take_turns(__file__, args.contestants, args.rounds, arguments)
     all_ratios: dict[str, dict[str, list[float]]] = {}
     for other in ("bare", "impala"):
         if other in turns and "a3c" in turns:
@@ -172,7 +144,9 @@ def main() -> None:
                     f"(min {ratios[0]:.2f}, max {ratios[-1]:.2f}, {args.rounds} rounds, T = {args.rollout})"
                 )
     if args.output:
-        args.output.write_text(json.dumps({"command": " ".join(sys.argv), "turns": turns, "a3c_over": all_ratios}))
+        args.output.write_text(
+            json.dumps({"command": " ".join(sys.argv), "machine": machine(), "turns": turns, "a3c_over": all_ratios})
+        )
 
 
 if __name__ == "__main__":

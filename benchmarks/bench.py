@@ -23,6 +23,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import labyrinth_throughput
+
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -100,14 +102,6 @@ def afs_table(report: dict[str, Any]) -> str:
     return table(["a state", *[f"K = {k}" for k in counts]], rows)
 
 
-def labyrinth_table(report: dict[str, Any]) -> str:
-    rows = [
-        [f"`{name}`", spread([t["env_steps_per_s"] for t in turns])]
-        for name, turns in (report.get("turns") or {}).items()
-    ]
-    return table(["contestant", "env-steps/s"], rows)
-
-
 # name: (arguments, those of --quick, what makes the table of the report)
 BENCHMARKS: dict[str, tuple[list[str], list[str], Callable[[dict[str, Any]], str]]] = {
     "growth": (["growth.py", "--rounds", "20"], ["growth.py", "--rounds", "6"], growth_table),
@@ -125,7 +119,7 @@ BENCHMARKS: dict[str, tuple[list[str], list[str], Callable[[dict[str, Any]], str
     "labyrinth": (
         ["labyrinth_throughput.py", "--rounds", "3", "--seconds", "20"],
         ["labyrinth_throughput.py", "--rounds", "2", "--seconds", "8"],
-        labyrinth_table,
+        lambda report: labyrinth_throughput.table(report["turns"]),
     ),
 }
 

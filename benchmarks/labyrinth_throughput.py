@@ -17,35 +17,19 @@ turn as JSON.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
+from measuring import cpu_seconds, machine, take_turns
 
 CONTESTANTS = ("engine", "env", "vector", "training", "training_2")
 FRAME_SKIP = 4
 WARM_UP_S = 3.0
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process and its descendants, engines among them, so far."""
-    total = 0.0
-    process = psutil.Process(pid)
-    for each in (process, *process.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            times = each.cpu_times()
-            total += times.user + times.system
-    return total
 
 
 def rate_of(total_steps: Callable[[], float], seconds: float, warm_up: float = WARM_UP_S) -> tuple[float, float]:
@@ -60,10 +44,10 @@ def rate_of(total_steps: Callable[[], float], seconds: float, warm_up: float = W
         now = (time.monotonic(), steps)
         if first is None:
             if now[0] - begin >= warm_up and steps > 0:
-                first = (*now, cpu_seconds(os.getpid()))
+                first = (*now, cpu_seconds())
         elif now[0] - first[0] >= seconds:
             done = now[1] - first[1]
-            return done / (now[0] - first[0]), (cpu_seconds(os.getpid()) - first[2]) / done
+            return done / (now[0] - first[0]), (cpu_seconds() - first[2]) / done
 
 
 def run_engine(args: argparse.Namespace) -> tuple[float, float]:
@@ -187,15 +171,6 @@ def run(args: argparse.Namespace) -> tuple[float, float]:
     return {"engine": run_engine, "env": run_env, "vector": run_vector}[args.only](args)
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """One turn of a contestant, in a process of its own."""
-    command = [sys.executable, __file__, "--only", name]
-    for key in ("seconds", "runners", "envs", "rollout", "level"):
-        command += [f"--{key}", str(getattr(args, key))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def table(turns: dict[str, list[dict[str, float]]]) -> str:
     """A Markdown table: medians over the rounds, ranges in parentheses."""
     lines = [
@@ -229,18 +204,15 @@ def main() -> None:
         print(json.dumps({"env_steps_per_s": rate, "cpu_us_per_env_step": 1e6 * cpu}))
         return
 
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in args.contestants}
-    for number in range(1, args.rounds + 1):
-        for name in args.contestants:
-            turn = measure(name, args)
-            turns[name].append(turn)
-            print(f"round {number}: {name} {turn['env_steps_per_s']:.0f} env-steps/s", flush=True)
+    keys = ("seconds", "runners", "envs", "rollout", "level")
+    arguments = [part for key in keys for part in (f"--{key}", str(getattr(args, key)))]
+    turns = take_turns(__file__, args.contestants, args.rounds, arguments)
     print(f"\n{args.runners} EnvRunners x {args.envs} environments, {args.level}, rollouts of {args.rollout} steps\n")
     print(table(turns))
     if args.output:
-        settings = {key: getattr(args, key) for key in ("rounds", "seconds", "runners", "envs", "rollout", "level")}
-        machine = {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()}
-        args.output.write_text(json.dumps({"settings": settings, "machine": machine, "turns": turns}, indent=2) + "\n")
+        settings = {key: getattr(args, key) for key in ("rounds", *keys)}
+        report = {"settings": settings, "machine": machine(), "turns": turns}
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,18 +20,16 @@ import argparse
 import json
 import logging
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 import torch
+from measuring import cpu_seconds, machine
 from ray import tune
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.appo import APPOConfig
@@ -133,10 +131,10 @@ def measure(algorithm: str, variant: str, *, seconds: float, warm_up: float, **s
     try:
         algo = config_of(algorithm, variant, **settings).build_algo()
         result = _train_for(algo, warm_up)
-        before, cpu, start = _steps(result), _cpu_seconds(), time.perf_counter()
+        before, cpu, start = _steps(result), cpu_seconds(), time.perf_counter()
         result = _train_for(algo, seconds)
         wall = time.perf_counter() - start
-        steps, cpu = _steps(result) - before, _cpu_seconds() - cpu
+        steps, cpu = _steps(result) - before, cpu_seconds() - cpu
         timers = result["timers"]
         algo.stop()
     finally:
@@ -169,24 +167,6 @@ def _steps(result: dict[str, Any]) -> float:
     )
 
 
-def _cpu_seconds() -> float:
-    """Processor time of this process and all that it started."""
-
-    def processes() -> Iterator[psutil.Process]:
-        me = psutil.Process()
-        yield me
-        yield from me.children(recursive=True)
-
-    total = 0.0
-    for process in processes():
-        try:
-            times = process.cpu_times()
-        except psutil.Error:
-            continue
-        total += times.user + times.system
-    return total
-
-
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """All variants of all algorithms, taking turns, each in a fresh process."""
     runs = []
@@ -204,7 +184,12 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                     f"{run['cpu_us_per_env_step']:6.0f} us of processor time each",
                     flush=True,
                 )
-    return {"machine": _machine(), "command": " ".join(sys.argv), "summary": _summary(runs), "runs": runs}
+    return {
+        "machine": machine() | {"ray": ray.__version__, "torch": torch.__version__},
+        "command": " ".join(sys.argv),
+        "summary": _summary(runs),
+        "runs": runs,
+    }
 
 
 def _passed_on(args: argparse.Namespace) -> list[str]:
@@ -232,17 +217,6 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 entry["times_stock"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
             summary[algorithm][variant] = entry
     return summary
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "ray": ray.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def main() -> None:

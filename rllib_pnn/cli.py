@@ -192,7 +192,7 @@ def columns(run: RunArgument) -> None:
         store.verify()
         if not entries:
             raise InputError(f"{folder}: no column is frozen yet")
-        console.print(f"{store.path}: {len(entries)} columns, fingerprints verified", markup=False, soft_wrap=True)
+        console.print(f"{store.path}: {len(entries)} columns, fingerprints verified", soft_wrap=True)
         table = _table("column", "task", "steps", "return at freezing", "environment", "fingerprint")
         for index, entry in enumerate(entries):
             table.add_row(
@@ -226,9 +226,7 @@ def analyze(
     console = _console()
     with _input_errors(), console.status(Text(_printable(f"{method} of column {column}"))):
         summary = analyze_run(folder.path, methods, column=_column(column), out=out, num_episodes=episodes, seed=seed)
-    console.print(
-        f"column {summary['column']} ({summary['task']}) returns {summary['episode_return_mean']:.2f}", markup=False
-    )
+    console.print(f"column {summary['column']} ({summary['task']}) returns {summary['episode_return_mean']:.2f}")
     for name in methods:
         table = _table(
             name, *(f"column {j} ({task})" for j, task in enumerate(summary["tasks"][: summary["column"] + 1]))
@@ -237,7 +235,7 @@ def analyze(
             table.add_row(str(layer), *("-" if share is None else f"{share:.3f}" for share in shares))
         console.print(table)
     for file in summary["files"]:
-        console.print(f"wrote {_relative(Path(file))}", markup=False, soft_wrap=True)
+        console.print(f"wrote {_relative(Path(file))}", soft_wrap=True)
 
 
 @app.command()
@@ -267,7 +265,7 @@ def prune(
     )
     table.add_row(f"return over {episodes} episodes", *returns)
     console.print(table)
-    console.print(f"wrote {_relative(Path(summary['store']))}", markup=False, soft_wrap=True)
+    console.print(f"wrote {_relative(Path(summary['store']))}", soft_wrap=True)
 
 
 @app.command()
@@ -291,7 +289,7 @@ def report(
         summary = write_report(runs, out, top=top, floor=floor)
     for problem in summary["problems"]:
         print(f"rllib: left out: {_printable(problem)}", file=sys.stderr)
-    console.print(f"{summary['num_runs']} runs: wrote {_relative(Path(summary['html']))}", markup=False, soft_wrap=True)
+    console.print(f"{summary['num_runs']} runs: wrote {_relative(Path(summary['html']))}", soft_wrap=True)
 
 
 @example_app.command("list")
@@ -491,7 +489,6 @@ def _evaluate_auto(folder: RunFolder, store: ColumnStore, episodes: int, seed: i
     if measured:
         console.print(
             f"the store says nothing on the first observations of column {', '.join(measured)}: measured just now",
-            markup=False,
             soft_wrap=True,
         )
     try:
@@ -529,9 +526,9 @@ def _evaluate_auto(folder: RunFolder, store: ColumnStore, episodes: int, seed: i
     console.print(table)
     right = sum(confusion.get((name, name), 0) for name in names)
     total = sum(confusion.values())
-    console.print(f"right in {right} of {total} episodes ({100 * right / total:.1f} %)", markup=False)
+    console.print(f"right in {right} of {total} episodes ({100 * right / total:.1f} %)")
     for first, second in confused_pairs(confusion, names):
-        console.print(f"{first} and {second} can't be told apart by their first observations", markup=False)
+        console.print(f"{first} and {second} can't be told apart by their first observations")
 
 
 def _report(console: Console, outcome: Outcome) -> int:
@@ -546,15 +543,14 @@ def _report(console: Console, outcome: Outcome) -> int:
         console.print(table)
 
     def say(message: str) -> None:
-        console.print(message, markup=False, soft_wrap=True)
+        console.print(message, soft_wrap=True)
 
     shown = _relative(outcome.runs[0].path if len(outcome.runs) == 1 else outcome.path)
     if outcome.stopped_by is not None:
         say(f"Stopped. Go on with:  rllib train --resume {shown}")
         return 128 + outcome.stopped_by
     if outcome.failed:
-        for run in outcome.failed:
-            _fail(f"{_relative(run.path)}: failed: {run.failure()}; details in {ERROR_FILE} there", FAILED)
+        _tell_failures(outcome)
         say(f"Once that is mended:  rllib train --resume {shown}")
         return FAILED
     say(f"Done. Run folder: {shown}")
@@ -563,33 +559,36 @@ def _report(console: Console, outcome: Outcome) -> int:
     return DONE
 
 
+def _tell_failures(outcome: Outcome) -> None:
+    for run in outcome.failed:
+        _fail(f"{_relative(run.path)}: failed: {run.failure()}; details in {ERROR_FILE} there", FAILED)
+
+
 def _report_transfer(console: Console, outcome: Outcome, conclusion: Conclusion) -> int:
     """The same for a transfer experiment whose trials are over."""
     for part in conclusion.tables:
         if part["rows"]:
-            console.print(f"{part['suite']}, transfer score in percent of scratch:", markup=False)
+            console.print(f"{part['suite']}, transfer score in percent of scratch:")
             table = _table("method", "mean %", "median %", "trials")
             for row in part["rows"]:
                 table.add_row(row["method"], f"{row['mean']:.0f}", f"{row['median']:.0f}", str(row["runs"]))
             console.print(table)
     for problem in conclusion.problems:
-        print(f"rllib: {problem}", file=sys.stderr)
+        print(f"rllib: {_printable(problem)}", file=sys.stderr)
     left = [run for run in outcome.runs if run.state.status != "finished"]
-    for run in outcome.failed:
-        _fail(f"{_relative(run.path)}: failed, see {_relative(run.path / 'error.txt')}", FAILED)
+    _tell_failures(outcome)
     if conclusion.report is not None:
-        console.print(f"Report: {_relative(conclusion.report)}", markup=False, soft_wrap=True)
+        console.print(f"Report: {_relative(conclusion.report)}", soft_wrap=True)
     if left:
         waiting = len(left) - len(outcome.failed)
         console.print(
             f"{len(outcome.failed)} failed"
             + (f", {waiting} could not start without them" if waiting else "")
             + f". Once that is mended:  rllib train --resume {_relative(outcome.path)}",
-            markup=False,
             soft_wrap=True,
         )
         return FAILED
-    console.print(f"Done. Folder: {_relative(outcome.path)}", markup=False, soft_wrap=True)
+    console.print(f"Done. Folder: {_relative(outcome.path)}", soft_wrap=True)
     return DONE
 
 

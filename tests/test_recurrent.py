@@ -13,14 +13,11 @@ from gymnasium.vector.utils import batch_space
 from ray import tune
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
-from ray.rllib.algorithms.appo import APPOConfig
-from ray.rllib.algorithms.impala import IMPALAConfig
-from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.columns import Columns
+from small_algorithms import small_config
 
 import rllib_pnn
 from rllib_pnn.network import ColumnStore, ProgressiveNetwork
-from rllib_pnn.training.a3c import A3CConfig
 from rllib_pnn.training.a3c_env_runner import LEARNER_STAMP
 from rllib_pnn.training.progressive import make_progressive
 from rllib_pnn.training.rl_module import ProgressiveRLModule
@@ -182,26 +179,14 @@ class Wandering(gym.vector.VectorEnv):
 
 
 def base_config(algorithm: str, *, env="rllib_pnn/CartPoleSoup-v0", num_env_runners=1, num_envs=2) -> AlgorithmConfig:
-    made = {"PPO": PPOConfig, "APPO": APPOConfig, "IMPALA": IMPALAConfig, "A3C": A3CConfig}[algorithm]()
+    made = small_config(algorithm)
     made.environment(env)
     made.env_runners(
         num_env_runners=num_env_runners,
         num_envs_per_env_runner=num_envs,
-        num_cpus_per_env_runner=0.5,
-        rollout_fragment_length=20,
         gym_env_vectorize_mode="vector_entry_point",
     )
-    made.learners(num_cpus_per_learner=0.5)
-    made.debugging(seed=7)
-    if algorithm == "PPO":
-        made.training(train_batch_size_per_learner=80, minibatch_size=40, num_epochs=2)
-    elif algorithm == "A3C":
-        made.training(gradients_per_training_step=1)
-    else:
-        made.training(train_batch_size_per_learner=40)
-    made.training(lr=1e-3)
-    made.reporting(min_time_s_per_iteration=0.2 if algorithm in ("APPO", "IMPALA") else 0)
-    return made
+    return made.debugging(seed=7)
 
 
 def randomise(module: ProgressiveRLModule) -> None:

@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 import ray
 import torch
-from ray.rllib.algorithms.appo import APPOConfig
-from ray.rllib.algorithms.impala import IMPALAConfig
-from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.utils.actor_manager import ResultOrError
 from rich.console import Console
+from small_algorithms import small_config
 
 import rllib_pnn
 from rllib_pnn import cli
@@ -23,7 +21,6 @@ from rllib_pnn.experiment.folder import RunFolder, last_exception
 from rllib_pnn.experiment.run import train
 from rllib_pnn.experiment.spec import load_plans
 from rllib_pnn.network import ColumnStore
-from rllib_pnn.training.a3c import A3CConfig
 from rllib_pnn.training.learner import NUM_UPDATES_SKIPPED, results_of, total_norm
 from rllib_pnn.training.progressive import make_progressive
 from rllib_pnn.training.trouble import TrainingTrouble
@@ -59,18 +56,8 @@ class Poisoned(gym.Env):
 
 
 def poisoned(tmp_path, algorithm, *, num_env_runners=0, num_learners=0):
-    made = {"PPO": PPOConfig, "APPO": APPOConfig, "IMPALA": IMPALAConfig, "A3C": A3CConfig}[algorithm]()
-    made.environment(Poisoned)
-    made.env_runners(num_env_runners=num_env_runners, num_cpus_per_env_runner=0.5, rollout_fragment_length=20)
-    made.learners(num_learners=num_learners, num_cpus_per_learner=0.5)
-    made.debugging(seed=0)
-    if algorithm == "PPO":
-        made.training(train_batch_size_per_learner=80, minibatch_size=40, num_epochs=2)
-    elif algorithm == "A3C":
-        made.training(gradients_per_training_step=4)
-    else:
-        made.training(train_batch_size_per_learner=40)
-    made.reporting(min_time_s_per_iteration=0.2 if algorithm in ("APPO", "IMPALA") else 0)
+    made = small_config(algorithm, num_learners=num_learners, gradients=4)
+    made.environment(Poisoned).env_runners(num_env_runners=num_env_runners).debugging(seed=0)
     tasks = [
         {"name": "good", "until": {"num_env_steps": 100}},
         {"name": "bad", "env_config": {"poison": 7}, "until": {"num_env_steps": 100_000}},

@@ -54,7 +54,7 @@ from rllib_pnn.network.memory import keep_freed_memory
 logger = logging.getLogger(__name__)
 
 ROWS_PER_CHUNK = 256  # of a train batch, in forward passes without gradients
-SAMPLER_PAUSE_S = 0.01  # a rollout takes some ten times as long
+SAMPLER_PAUSE_S = 0.01  # short beside a rollout, which takes tenths of a second or more on image tasks
 _ROWS_OF_EPISODES = "rows_of_episodes"  # key of `shared_data`; set if the batch was made of arrays
 
 

@@ -45,6 +45,8 @@ from rllib_pnn.training.trouble import TrainingTrouble
 
 logger = logging.getLogger(__name__)
 
+_Job = tuple[int, dict[str, Any], int, int]  # column, env_config, episodes, seed: a part of an evaluation
+
 TASK_RETURNS = "task_episode_returns"  # metric of the EnvRunners: returns of ended episodes by task index
 MIN_EPISODES = 10  # finished on a task before its mean return can end it
 
@@ -176,8 +178,9 @@ class ProgressiveCallback(RLlibCallback):
         """Whether the newest weights are as good as the episodes that would end the task.
 
         Those episodes are older than the weights, and one bad update is enough to lose a policy. Frozen for ever is
-        what plays now, so it plays first: falls its mean short of the task's by more than two standard errors, then
-        the task goes on until another window of episodes is full.
+        what plays now, so it plays first. If its mean is below the task's by more than two standard errors, the task
+        goes on until another window of episodes is full. (A3C's and IMPALA's Learner may apply a few more updates
+        before it freezes.)
         """
         num_episodes, wanted = self._settings.get("evaluation_episodes", 10), task.until.get("episode_return_mean")
         if num_episodes <= 0 or wanted is None:
@@ -185,15 +188,8 @@ class ProgressiveCallback(RLlibCallback):
         self._broadcast(algorithm)
         state = _on_learners(algorithm, lambda learner: learner.progressive_module.get_state())[0]
         column = progress["first_column"] + progress["task_index"]
-        jobs = [
-            (column, dict(task.env_config), count, seed)
-            for count, seed in shards(num_episodes, self._settings.get("evaluation_seed", 0))
-        ]
-        normalize = bool(algorithm.config.normalize_actions)
-        network = self._network_from(algorithm, state)
-        returns = np.asarray(
-            ColumnEvaluation.merge(_play(algorithm, network, algorithm.config.env, jobs, normalize)).returns
-        )
+        played = _play(algorithm, self._network_from(algorithm, state), self._jobs(column, task))
+        returns = np.asarray(ColumnEvaluation.merge(played).returns)
         error = returns.std() / math.sqrt(len(returns))
         if returns.mean() + 2 * error >= wanted:
             return True
@@ -361,14 +357,8 @@ class ProgressiveCallback(RLlibCallback):
         if num_episodes <= 0:
             return
         first, last = progress["first_column"], progress["task_index"]
-        env = algorithm.config.env
-        normalize = bool(algorithm.config.normalize_actions)
-        jobs = [
-            (first + i, dict(self._tasks[i].env_config), count, seed)
-            for i in range(last + 1)
-            for count, seed in shards(num_episodes, self._settings.get("evaluation_seed", 0))
-        ]
-        played = _play(algorithm, network, env, jobs, normalize)
+        jobs = [job for i in range(last + 1) for job in self._jobs(first + i, self._tasks[i])]
+        played = _play(algorithm, network, jobs)
         for i in range(last + 1):
             parts = [part for job, part in zip(jobs, played, strict=True) if job[0] == first + i]
             evaluation = ColumnEvaluation.merge(parts)
@@ -384,6 +374,11 @@ class ProgressiveCallback(RLlibCallback):
                 "num_episodes": len(evaluation.returns),
                 "bit_equal": int(evaluation.digest == score["digest"]),
             }
+
+    def _jobs(self, column: int, task: Task) -> list[_Job]:
+        """The evaluation of a column on a task, in parts for `_play`."""
+        parts = shards(self._settings.get("evaluation_episodes", 10), self._settings.get("evaluation_seed", 0))
+        return [(column, dict(task.env_config), count, seed) for count, seed in parts]
 
     def _store_column(self, network: ProgressiveNetwork, k: int, progress: dict[str, Any], steps: int | None) -> None:
         entries = self._store.entries
@@ -468,10 +463,9 @@ def _on_learners(algorithm: Algorithm, function: Any) -> list[Any]:
     return results_of(algorithm.learner_group.foreach_learner(function))
 
 
-def _play(
-    algorithm: Algorithm, network: ProgressiveNetwork, env: Any, jobs: list[tuple[int, dict, int, int]], normalize: bool
-) -> list[ColumnEvaluation]:
-    """Shares jobs `(column, env_config, episodes, seed)` among the EnvRunners; plays here what none of them did."""
+def _play(algorithm: Algorithm, network: ProgressiveNetwork, jobs: list[_Job]) -> list[ColumnEvaluation]:
+    """Shares jobs among the EnvRunners; plays here, with `network`, what none of them did."""
+    env, normalize = algorithm.config.env, bool(algorithm.config.normalize_actions)
     results: dict[int, ColumnEvaluation] = {}
 
     def play(runner: Any, numbers: list[int]) -> dict[int, ColumnEvaluation]:
