@@ -316,7 +316,9 @@ def test_columns_of_different_depths_in_a_manifest(folder: Path, num_layers: int
         read_store(folder)
 
 
-@pytest.mark.parametrize("value", ["9" * 5000, "2001-13-45", "!!int x", "!!float x", "0x", "1:99:99.5:3"])
+@pytest.mark.parametrize(
+    "value", ["9" * 5000, "2001-13-45", "!!int x", "!!float x", "0x", "1:99:99.5:3", "!!timestamp 2001lp"]
+)
 def test_yaml_values_that_are_none(tmp_path: Path, value: str) -> None:
     (tmp_path / "file.yaml").write_text(f"a: {{run: PPO, env: CartPole-v1, config: {{lr: {value}}}}}\n")
     with contextlib.suppress(InputError):
@@ -324,7 +326,8 @@ def test_yaml_values_that_are_none(tmp_path: Path, value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["1" + "0" * 400, "-" + "9" * 5000, '{"a":' * 3000 + "0" + "}" * 3000, "[1, 2]", "{}"]
+    "value",
+    ["1" + "0" * 400, "-" + "9" * 5000, '"' + "x" * 5000 + '"', '{"a":' * 3000 + "0" + "}" * 3000, "[1, 2]", "{}"],
 )
 def test_sensitivities_that_are_no_numbers(folder: Path, value: str) -> None:
     file = folder / "analysis" / "column_001" / "afs.json"
@@ -352,3 +355,22 @@ def test_a_table_without_an_iteration_is_taken_back(folder: Path) -> None:
     (folder / "progress.csv").write_text("\n".join([text[0], ",".join(cells), *text[2:]]) + "\n")
     rewind(folder)
     assert len((folder / "progress.csv").read_text().splitlines()) == 3  # header, iterations 2 and 3
+
+
+@pytest.mark.parametrize("key", ["lateral_scale", "evaluation_episodes", "evaluation_seed", "input_shift"])
+def test_numbers_beyond_all_floats(tmp_path: Path, key: str) -> None:
+    tasks = "[{name: a, until: {num_env_steps: 10}}]"
+    (tmp_path / "file.yaml").write_text(
+        f"a: {{run: PPO, env: CartPole-v1, progressive: {{{key}: 1{'0' * 400}, tasks: {tasks}}}}}\n"
+    )
+    with pytest.raises(InputError, match=key) as error:
+        load_plans(tmp_path / "file.yaml")
+    clear(error.value)
+
+
+def test_a_source_of_a_name_longer_than_a_file_system_takes(folder: Path) -> None:
+    file = folder / "experiment.json"
+    experiment = json.loads(file.read_text())
+    experiment["progressive"] |= {"columns_from": "1" + "0" * 400, "source_tasks": None}
+    file.write_text(json.dumps(experiment))
+    assert read_run(folder).tasks

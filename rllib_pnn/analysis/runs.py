@@ -484,9 +484,16 @@ def _source_names(
         return tuple(copied)
     for folder in (Path(str(origin)), path / str(origin), path.parent / str(origin)):
         for file in (folder / MANIFEST_FILE, folder / "manifest.json"):
-            if file.is_file():
+            if _is_file(file):
                 return tuple(str(entry.get("task", f"column {i}")) for i, entry in enumerate(_read_manifest(file)))
     return (Path(str(origin)).name,)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than a file system takes
+        return False
 
 
 def _read_manifest(file: Path) -> tuple[Mapping[str, Any], ...]:

@@ -67,7 +67,7 @@ class Sensitivity:
             method, column = str(data["method"]), int(data["column"])
             settings = dict(data.get("settings", {}))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ValueError(f"not a sensitivity: {type(error).__name__}: {error}") from None
+            raise ValueError(f"not a sensitivity: {type(error).__name__}: {str(error)[:200]}") from None
         shape = (len(layers), column + 1)
         if (
             method not in METHODS
@@ -76,7 +76,7 @@ class Sensitivity:
             or len(tasks) not in (0, shape[1])
         ):
             raise ValueError(
-                f"not a sensitivity: expected {shape} values of a known method, got {values.shape} {method!r}"
+                f"not a sensitivity: expected {shape} values of a known method, got {values.shape} {method[:40]!r}"
             )
         return cls(method, column, layers, values, raw, tasks, notes, settings)
 

@@ -99,7 +99,8 @@ def read_yaml(path: Path, *, follow_links: bool = True) -> Source:
         raise InputError(_yaml_message(path, error)) from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply") from None
-    except (ValueError, OverflowError) as error:  # a day that no month has, a number of thousands of digits
+    except (ValueError, OverflowError, AttributeError, TypeError, LookupError) as error:
+        # PyYAML's own for a day that no month has, a number of thousands of digits, a !!timestamp that is none.
         raise InputError(f"{path}: holds a value that is none: {short(str(error), 120)}") from None
     return Source(path, data, lines)
 

@@ -107,15 +107,20 @@ _ALIASES = {
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
         raise ValueError(f"expected a number, got {short(value)}")
     return value
+
+
+def _is_finite(number: float) -> bool:
+    """False for a whole number beyond all floats, too, at which `math.isfinite` raises."""
+    return abs(number) <= sys.float_info.max
 
 
 def _count(value: Any, least: int = 1) -> int:
     """A whole number; 4.0e+6 is one, as YAML has no other way to write four million shortly."""
     number = value if not isinstance(value, bool) and isinstance(value, int | float) else math.nan
-    if not math.isfinite(number) or number != int(number) or number < least:
+    if not _is_finite(number) or number != int(number) or number < least:
         raise ValueError(f"expected a whole number of at least {least}, got {short(value)}")
     return int(number)
 

@@ -11,8 +11,8 @@ This is the one call that an existing pipeline needs:
 from __future__ import annotations
 
 import difflib
-import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def make_progressive(
     if (
         isinstance(lateral_scale, bool)
         or not isinstance(lateral_scale, int | float)
-        or not math.isfinite(lateral_scale)
+        or not abs(lateral_scale) <= sys.float_info.max
     ):
         raise ValueError(f"lateral_scale: expected a finite number, got {lateral_scale!r}")
     if isinstance(evaluation_episodes, bool) or not isinstance(evaluation_episodes, int) or evaluation_episodes < 0:
