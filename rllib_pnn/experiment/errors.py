@@ -10,7 +10,9 @@ class InputError(ValueError):
     """Bad input: one line that says where, what was expected, what came and the mend. Exit code 2."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        text = " ".join(message.split())
+        # What came is quoted, and may be a name of thousands of letters.
+        super().__init__(text if len(text) <= 1400 else f"{text[:1000]} ... {text[-300:]}")
 
 
 class RunFailed(RuntimeError):
