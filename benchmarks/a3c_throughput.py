@@ -28,7 +28,7 @@ from typing import Any
 
 from measuring import cpu_seconds, machine, take_turns
 
-CONTESTANTS = ("bare", "a3c", "impala")
+CONTESTANTS = ("bare", "a3c", "impala", "a3c_2", "a3c_4", "a3c_8")
 WARM_UP_S = 5.0
 
 
@@ -67,18 +67,20 @@ def run_rllib(args: argparse.Namespace) -> tuple[float, float]:
     from ray.rllib.algorithms.impala import IMPALAConfig
     from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
+    import rllib_pnn
     from rllib_pnn.training.a3c import A3CConfig
     from rllib_pnn.training.rl_module import ProgressiveRLModule
 
     ray.init(num_cpus=args.runners + 1, include_dashboard=False, log_to_driver=False)
     tune.register_env("pong", lambda ctx: AtariVectorEnv("pong", ctx["num_envs"], num_threads=1))
+    num_columns = int(args.only.partition("_")[2] or 1)
     config: Any
-    if args.only == "a3c":
-        config = A3CConfig().training(lambda_=1.0)
-        config.env_runners(rollout_fragment_length=args.rollout, max_requests_in_flight_per_env_runner=args.in_flight)
-    else:
+    if args.only == "impala":
         config = IMPALAConfig().training(train_batch_size_per_learner=320, lr=5e-4)
         config.env_runners(rollout_fragment_length=20)
+    else:
+        config = A3CConfig().training(lambda_=1.0)
+        config.env_runners(rollout_fragment_length=args.rollout, max_requests_in_flight_per_env_runner=args.in_flight)
     config = (
         config.environment("pong")
         .env_runners(
@@ -86,30 +88,46 @@ def run_rllib(args: argparse.Namespace) -> tuple[float, float]:
             num_envs_per_env_runner=args.envs,
             gym_env_vectorize_mode="vector_entry_point",
         )
-        .rl_module(
-            rl_module_spec=RLModuleSpec(
-                module_class=ProgressiveRLModule, model_config={"progressive": {"column": "atari", "tasks": [{}]}}
-            )
-        )
         .reporting(min_time_s_per_iteration=1)
         .debugging(log_level="ERROR")
     )
-    algo = config.build_algo()
-    try:
-        begin, first = time.monotonic(), None  # first and last: wall clock, env-steps, CPU time
-        while True:
-            result = algo.train()
-            steps = result["learners"].get("__all_modules__", {}).get("num_env_steps_trained_lifetime", 0)
-            last = (time.monotonic(), float(steps), cpu_seconds())
-            if last[0] - begin < WARM_UP_S:
-                continue
-            first = first or last
-            seconds, steps, cpu = (b - a for a, b in zip(first, last, strict=True))
-            if seconds >= args.seconds:
-                return steps / seconds, cpu / steps
-    finally:
-        algo.stop()
-        ray.shutdown()
+    with tempfile.TemporaryDirectory() as folder:
+        if num_columns == 1:
+            progressive = {"column": "atari", "tasks": [{}]}
+            config.rl_module(
+                rl_module_spec=RLModuleSpec(module_class=ProgressiveRLModule, model_config={"progressive": progressive})
+            )
+        else:
+            # Tasks that are over at once: what they leave is frozen and read by the last column.
+            until = {"num_env_steps": 1}
+            tasks = [{"name": str(k), "until": until if k < num_columns - 1 else {}} for k in range(num_columns)]
+            config = rllib_pnn.make_progressive(
+                config, tasks=tasks, column="atari", column_store=folder, evaluation_episodes=0
+            )
+        algo = config.build_algo()
+        try:
+            return rate_of(algo, num_columns, args.seconds)
+        finally:
+            algo.stop()
+            ray.shutdown()
+
+
+def rate_of(algo: Any, num_columns: int, seconds: float) -> tuple[float, float]:
+    """Env-steps learned from a second of wall clock, and processor seconds each, once the last column is trained."""
+    begin, first = None, None  # first and last: wall clock, env-steps, processor time
+    while True:
+        result = algo.train()
+        if num_columns > 1 and result["progressive"]["column"] < num_columns - 1:
+            continue
+        steps = result.get("learners", {}).get("__all_modules__", {}).get("num_env_steps_trained_lifetime", 0)
+        last = (time.monotonic(), float(steps), cpu_seconds())
+        begin = begin or last[0]
+        if last[0] - begin < WARM_UP_S:
+            continue
+        first = first or last
+        wall, steps, cpu = (b - a for a, b in zip(first, last, strict=True))
+        if wall >= seconds:
+            return steps / wall, cpu / steps
 
 
 def main() -> None:
@@ -134,15 +152,16 @@ def main() -> None:
     arguments = [part for key in keys for part in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
     turns = take_turns(__file__, args.contestants, args.rounds, arguments)
     all_ratios: dict[str, dict[str, list[float]]] = {}
-    for other in ("bare", "impala"):
-        if other in turns and "a3c" in turns:
-            for key, what in [("env_steps_per_s", "env-steps/s"), ("cpu_us_per_env_step", "CPU time per env-step")]:
-                ratios = sorted(a[key] / b[key] for a, b in zip(turns["a3c"], turns[other], strict=True))
-                all_ratios.setdefault(other, {})[key] = ratios
-                print(
-                    f"a3c / {other}, {what}: median {statistics.median(ratios):.2f} "
-                    f"(min {ratios[0]:.2f}, max {ratios[-1]:.2f}, {args.rounds} rounds, T = {args.rollout})"
-                )
+    for other in args.contestants:
+        if other == "a3c" or "a3c" not in turns:
+            continue
+        for key in ("env_steps_per_s", "cpu_us_per_env_step"):
+            ratios = sorted(a[key] / b[key] for a, b in zip(turns["a3c"], turns[other], strict=True))
+            all_ratios.setdefault(other, {})[key] = ratios
+            print(
+                f"a3c / {other}, {key}: median {statistics.median(ratios):.2f} "
+                f"(min {ratios[0]:.2f}, max {ratios[-1]:.2f}, {args.rounds} rounds, T = {args.rollout})"
+            )
     if args.output:
         args.output.write_text(
             json.dumps({"command": " ".join(sys.argv), "machine": machine(), "turns": turns, "a3c_over": all_ratios})

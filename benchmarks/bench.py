@@ -106,8 +106,8 @@ def afs_table(report: dict[str, Any]) -> str:
 BENCHMARKS: dict[str, tuple[list[str], list[str], Callable[[dict[str, Any]], str]]] = {
     "growth": (["growth.py", "--rounds", "20"], ["growth.py", "--rounds", "6"], growth_table),
     "a3c": (
-        ["a3c_throughput.py", "--rounds", "5", "--seconds", "20"],
-        ["a3c_throughput.py", "--rounds", "3", "--seconds", "10"],
+        ["a3c_throughput.py", "--rounds", "5", "--seconds", "20", "--rollout", "8"],
+        ["a3c_throughput.py", "--rounds", "3", "--seconds", "10", "--rollout", "8"],
         a3c_table,
     ),
     "rllib": (

@@ -163,7 +163,8 @@ def _steps(result: dict[str, Any]) -> float:
     """Env-steps sampled and trained on so far. RLlib counts each minibatch of PPO as a batch."""
     learners = result.get("learners", {}).get("__all_modules__", {})
     return min(
-        result["env_runners"]["num_env_steps_sampled_lifetime"], learners.get("num_env_steps_trained_lifetime", 0.0)
+        result.get("env_runners", {}).get("num_env_steps_sampled_lifetime", 0.0),
+        learners.get("num_env_steps_trained_lifetime", 0.0),
     )
 
 

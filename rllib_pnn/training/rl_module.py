@@ -86,6 +86,10 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
 
     network: ProgressiveNetwork
 
+    def train(self, mode: bool = True) -> ProgressiveRLModule:
+        """RLlib asks for a mode at every step, and torch then walks all modules; no layer here depends on it."""
+        return self if mode == self.training else super().train(mode)
+
     @override(RLModule)
     def setup(self) -> None:
         settings = dict(self.model_config[MODEL_CONFIG_KEY])
