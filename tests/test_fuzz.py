@@ -377,3 +377,13 @@ def test_a_source_of_a_name_longer_than_a_file_system_takes(folder: Path) -> Non
     experiment["progressive"] |= {"columns_from": "1" + "0" * 400, "source_tasks": None}
     file.write_text(json.dumps(experiment))
     assert read_run(folder).tasks
+
+
+def test_an_architecture_of_thousands_of_letters(folder: Path) -> None:
+    file = folder / "experiment.json"
+    experiment = json.loads(file.read_text())
+    experiment["progressive"]["architecture"] = "[" * 3000
+    file.write_text(json.dumps(experiment))
+    with pytest.raises(RunError, match="architecture") as error:
+        read_run(folder)
+    clear(error.value)

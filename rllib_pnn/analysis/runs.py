@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from rllib_pnn.files import RefusedFile, read_regular
+from rllib_pnn.text import one_line, short
 
 EXPERIMENT_FILE = "experiment.json"
 RESULT_FILE = "result.json"
@@ -34,6 +35,9 @@ ARCHITECTURES = ("scratch", "finetune_heads", "finetune_all", "random_column", "
 
 class RunError(ValueError):
     """A run folder or a file in it cannot be read. The message is one line that names the file."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,7 @@ def read_experiment(run: Path | str) -> Mapping[str, Any]:
     if not isinstance(experiment, dict):
         raise RunError(f"{file}: expected a JSON object, got {type(experiment).__name__}")
     if not isinstance(experiment.get("env") or "", str):
-        raise RunError(f"{file}: env: expected an environment id, got {_short(experiment['env'])}")
+        raise RunError(f"{file}: env: expected an environment id, got {short(experiment['env'])}")
     return experiment
 
 
@@ -224,7 +228,7 @@ def experiment_tasks(run: Path | str, experiment: Mapping[str, Any]) -> list[Map
     file = Path(run) / EXPERIMENT_FILE
     tasks = _section(experiment, "progressive", file).get("tasks", [])
     if not isinstance(tasks, list) or not all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in tasks):
-        raise RunError(f"{file}: progressive.tasks: expected a list of tasks with a name each, got {_short(tasks)}")
+        raise RunError(f"{file}: progressive.tasks: expected a list of tasks with a name each, got {short(tasks)}")
     for task in tasks:
         for key in ("env_config", "until"):
             _section(task, key, file, f"progressive.tasks[{task['name']}].")
@@ -266,13 +270,8 @@ def number(value: Any) -> float:
 def _section(parent: Mapping[str, Any], key: str, file: Path, where: str = "") -> Mapping[str, Any]:
     value = parent.get(key) or {}
     if not isinstance(value, dict):
-        raise RunError(f"{file}: {where}{key}: expected a mapping, got {_short(value)}")
+        raise RunError(f"{file}: {where}{key}: expected a mapping, got {short(value)}")
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _waits(path: Path) -> bool:
@@ -312,7 +311,7 @@ def _json_rows(file: Path, text: str, notes: list[str]) -> Iterator[dict[str, An
         if result is None and index == len(lines) - 1:
             notes.append(_INCOMPLETE.format(file=file))
         elif result is None:
-            raise RunError(f"{file}: line {index + 1} is damaged: {_short(line)}")
+            raise RunError(f"{file}: line {index + 1} is damaged: {short(line)}")
         else:
             flat = {key: value for key, value in result.items() if not isinstance(value, dict)}
             for section in ("progressive", "columns", "env_runners"):
@@ -500,7 +499,7 @@ def _read_manifest(file: Path) -> tuple[Mapping[str, Any], ...]:
     manifest = read_json(file)
     entries = manifest.get("columns") if isinstance(manifest, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise RunError(f"{file}: columns: expected a list of column entries, got {_short(entries)}")
+        raise RunError(f"{file}: columns: expected a list of column entries, got {short(entries)}")
     return tuple(entries)
 
 

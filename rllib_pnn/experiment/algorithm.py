@@ -26,9 +26,10 @@ from ray.rllib.algorithms.registry import ALGORITHMS as RLLIB_ALGORITHMS
 from ray.rllib.env.env_context import EnvContext
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
-from rllib_pnn.experiment.errors import InputError, did_you_mean, short
+from rllib_pnn.experiment.errors import InputError, did_you_mean
 from rllib_pnn.experiment.source import KeyPath
 from rllib_pnn.experiment.spec import SECTIONS, Experiment, Plan
+from rllib_pnn.text import short
 
 AUTO = "auto"
 

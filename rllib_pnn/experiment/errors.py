@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from rllib_pnn.text import one_line
+
 
 class InputError(ValueError):
     """Bad input: one line that says where, what was expected, what came and the mend. Exit code 2."""
 
     def __init__(self, message: str) -> None:
-        text = " ".join(message.split())
-        # What came is quoted, and may be a name of thousands of letters.
-        super().__init__(text if len(text) <= 1400 else f"{text[:1000]} ... {text[-300:]}")
+        super().__init__(one_line(message))
 
 
 class RunFailed(RuntimeError):
@@ -39,9 +39,3 @@ def did_you_mean(word: object, known: Iterable[str], aliases: dict[str, str] | N
         return ""
     match = candidates[close[0]]
     return f"; did you mean '{aliases.get(match, match)}'?"
-
-
-def short(value: object, limit: int = 60) -> str:
-    """A value as one line of at most `limit` characters."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -34,9 +34,10 @@ from typing import IO, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rllib_pnn.experiment.errors import InputError, short
+from rllib_pnn.experiment.errors import InputError
 from rllib_pnn.experiment.spec import Experiment, Plan, load_experiment
 from rllib_pnn.files import RefusedFile, read_regular, write_whole
+from rllib_pnn.text import short
 
 try:
     import fcntl

@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
-from rllib_pnn.experiment.errors import InputError, short
+from rllib_pnn.experiment.errors import InputError
 from rllib_pnn.files import RefusedFile, read_regular
+from rllib_pnn.text import short
 
 MAX_BYTES = 4 * 2**20
 MAX_NODES = 200_000
