@@ -309,17 +309,17 @@ def test_kill_9_at_a_nasty_moment(tmp_path, fault):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "stored"),
+    "fault",
     [
-        ("ray.rllib.algorithms.algorithm:Algorithm.save_checkpoint:disk-full:2", 0),
-        ("ray.train._internal.storage:_pyarrow_fs_copy_files:disk-full:2", 0),
-        ("rllib_pnn.network.store:write_whole:disk-full:2", 0),
-        ("rllib_pnn.experiment.folder:RunFolder.add_checkpoint:disk-full:2", 0),
-        ("rllib_pnn.experiment.folder:ResultLog.append:disk-full:4", 0),
-        ("rllib_pnn.experiment.folder:write_whole:disk-full:20", 1),
+        "ray.rllib.algorithms.algorithm:Algorithm.save_checkpoint:disk-full:2",
+        "ray.train._internal.storage:_pyarrow_fs_copy_files:disk-full:2",
+        "rllib_pnn.network.store:write_whole:disk-full:2",
+        "rllib_pnn.experiment.folder:RunFolder.add_checkpoint:disk-full:2",
+        "rllib_pnn.experiment.folder:ResultLog.append:disk-full:4",
+        "rllib_pnn.experiment.folder:write_whole:disk-full:8",
     ],
 )
-def test_a_full_disk_ends_the_run_with_one_line(tmp_path, fault, stored):
+def test_a_full_disk_ends_the_run_with_one_line(tmp_path, fault):
     (tmp_path / "soup.yaml").write_text(SOUP)
     failed = command(tmp_path, "-f", "soup.yaml", fault=fault)
     assert failed.returncode == 1, failed.stderr
@@ -329,7 +329,8 @@ def test_a_full_disk_ends_the_run_with_one_line(tmp_path, fault, stored):
     (path,) = tmp_path.glob("runs/*/seed_0")
     run = RunFolder(path)
     assert run.checkpoints
-    ColumnStore(run.columns).verify() if run.columns.exists() else None
+    if (run.columns / "manifest.json").exists():  # not when the first column is what the disk had no room for
+        ColumnStore(run.columns).verify()
     resumed = command(tmp_path, "--resume", str(path))
     assert resumed.returncode == 0, resumed.stderr
     assert [entry.task for entry in ColumnStore(run.columns).entries] == list(VARIANTS)
@@ -337,7 +338,8 @@ def test_a_full_disk_ends_the_run_with_one_line(tmp_path, fault, stored):
 
 @pytest.mark.slow
 def test_a_killed_learner(tmp_path):
-    text = SOUP.replace("num_env_runners: 0", "num_env_runners: 1\n    num_learners: 1")
+    halves = "num_cpus_per_env_runner: 0.5\n    num_cpus_per_learner: 0.5"
+    text = SOUP.replace("num_env_runners: 0", f"num_env_runners: 1\n    num_learners: 1\n    {halves}")
     (tmp_path / "soup.yaml").write_text(text.replace("{num_env_steps: 1280}", "{num_env_steps: 5120}"))
     process = subprocess.Popen(
         [sys.executable, "-m", "rllib_pnn.cli", "train", "-f", "soup.yaml"],

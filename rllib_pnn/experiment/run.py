@@ -639,6 +639,7 @@ class _RunFolderCallback(Callback):
         self, folders: Mapping[str, RunFolder], display: Display, runs: _Runs, hopeless: set[str], *, every_s: float
     ) -> None:
         self._folders = folders
+        self._refused: OSError | None = None  # by the disk, to note a checkpoint
         self._hopeless = hopeless
         self._display = display
         self._runs = runs
@@ -690,16 +691,24 @@ class _RunFolderCallback(Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, checkpoint: Checkpoint, **info: Any
     ) -> None:
         result = trial.last_result
-        self._folders[str(trial)].add_checkpoint(
-            CheckpointRecord(
-                folder=Path(checkpoint.path).name,
-                training_iteration=int(result.get(TRAINING_ITERATION, 0)),
-                time_total_s=float(result.get(TIME_TOTAL_S, 0.0)),
-            )
+        record = CheckpointRecord(
+            folder=Path(checkpoint.path).name,
+            training_iteration=int(result.get(TRAINING_ITERATION, 0)),
+            time_total_s=float(result.get(TIME_TOTAL_S, 0.0)),
         )
+        try:
+            self._folders[str(trial)].add_checkpoint(record)
+        except OSError as error:
+            self._refused = error
+            raise  # Tune then keeps the checkpoints before this one, logs the error and goes on: see `on_step_end`
         self._last_checkpoint[str(trial)] = time.monotonic()
         # A run of days may die more often than that, as long as it gets on in between.
         trial.max_failures = trial.num_failures + MAX_RESTARTS
+
+    @override(Callback)
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if self._refused is not None:
+            raise self._refused
 
     @override(Callback)
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
