@@ -19,6 +19,7 @@ import pytest
 import ray
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.ppo import PPOConfig
+from small_algorithms import small_config
 
 import rllib_pnn
 from rllib_pnn import files
@@ -422,6 +423,44 @@ def test_an_environment_that_raises_at_random(tmp_path):
         made.stop()
         ray.shutdown()
     assert [entry.task for entry in ColumnStore(tmp_path / "columns").entries] == ["first", "second"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["A3C", "PPO"])
+def test_an_object_store_that_others_have_filled(tmp_path, algorithm):
+    """What no longer fits goes to disk, frozen columns that EnvRunners fetch by reference among it."""
+    ray.init(
+        num_cpus=3,
+        object_store_memory=80 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        ignore_reinit_error=True,
+    )
+    rllib_pnn.register()
+    config = small_config(algorithm).environment("rllib_pnn/CartPoleSoup-v0").env_runners(num_env_runners=2)
+    tasks = [
+        {"name": variant, "env_config": {"variant": variant}, "until": {"num_env_steps": 400}} for variant in VARIANTS
+    ]
+    column = [{"dense": 1024}, {"dense": 1024}]  # 4 MB and more: too large to travel within a message
+    made = make_progressive(
+        config, tasks=tasks, column=column, column_store=tmp_path / "columns", evaluation_episodes=1
+    ).build_algo()
+    try:
+        others = [ray.put(np.full(20 * 2**20, n, np.uint8)) for n in range(8)]  # twice the store
+        result = {}
+        for n in range(400):
+            result = made.train()
+            others[n % 8] = ray.put(np.full(20 * 2**20, n % 256, np.uint8))
+            if result.get("done"):
+                break
+        assert result["progressive"]["finished"]
+        assert all(result["columns"][variant]["bit_equal"] == 1 for variant in VARIANTS)
+    finally:
+        made.stop()
+        ray.shutdown()
+    store = ColumnStore(tmp_path / "columns")
+    store.verify()
+    assert [entry.task for entry in store.entries] == list(VARIANTS)
 
 
 @pytest.mark.slow
