@@ -6,8 +6,9 @@ a machine that gets slower or faster meanwhile treats them alike; compare the ra
 
     python benchmarks/a3c_throughput.py --rounds 5 --seconds 20 --rollout 20
 
+- `env`: the emulator alone, one process: a core's share of what all others spend on it.
 - `bare`: benchmarks/bare_loop.py, synchronous A2C with averaged gradients: the limit.
-- `a3c`: rllib_pnn's A3C.
+- `a3c`: rllib_pnn's A3C; `a3c_2`, `a3c_4`, `a3c_8`: its last of so many columns.
 - `impala`: RLlib's IMPALA as it comes, with the same module and batches of 320.
 """
 
@@ -26,9 +27,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measuring import cpu_seconds, machine, take_turns
+from measuring import cpu_seconds, machine, rate_of, take_turns
 
-CONTESTANTS = ("bare", "a3c", "impala", "a3c_2", "a3c_4", "a3c_8")
+CONTESTANTS = ("env", "bare", "a3c", "impala", "a3c_2", "a3c_4", "a3c_8")
 WARM_UP_S = 5.0
 
 
@@ -105,29 +106,35 @@ def run_rllib(args: argparse.Namespace) -> tuple[float, float]:
                 config, tasks=tasks, column="atari", column_store=folder, evaluation_episodes=0
             )
         algo = config.build_algo()
+
+        def go_on() -> float:
+            result = algo.train()
+            if num_columns > 1 and result["progressive"]["column"] < num_columns - 1:
+                return 0
+            return float(result.get("learners", {}).get("__all_modules__", {}).get("num_env_steps_trained_lifetime", 0))
+
         try:
-            return rate_of(algo, num_columns, args.seconds)
+            return rate_of(go_on, args.seconds, WARM_UP_S)
         finally:
             algo.stop()
             ray.shutdown()
 
 
-def rate_of(algo: Any, num_columns: int, seconds: float) -> tuple[float, float]:
-    """Env-steps learned from a second of wall clock, and processor seconds each, once the last column is trained."""
-    begin, first = None, None  # first and last: wall clock, env-steps, processor time
-    while True:
-        result = algo.train()
-        if num_columns > 1 and result["progressive"]["column"] < num_columns - 1:
-            continue
-        steps = result.get("learners", {}).get("__all_modules__", {}).get("num_env_steps_trained_lifetime", 0)
-        last = (time.monotonic(), float(steps), cpu_seconds())
-        begin = begin or last[0]
-        if last[0] - begin < WARM_UP_S:
-            continue
-        first = first or last
-        wall, steps, cpu = (b - a for a, b in zip(first, last, strict=True))
-        if wall >= seconds:
-            return steps / wall, cpu / steps
+def run_env(args: argparse.Namespace) -> tuple[float, float]:
+    """The emulator alone, in one process, with random actions."""
+    import numpy as np
+    from ale_py.vector_env import AtariVectorEnv
+
+    envs, rng, steps = AtariVectorEnv("pong", args.envs, num_threads=1), np.random.default_rng(0), 0
+    envs.reset(seed=0)
+
+    def go_on() -> float:
+        nonlocal steps
+        envs.step(rng.integers(envs.single_action_space.n, size=args.envs))
+        steps += args.envs
+        return steps
+
+    return rate_of(go_on, args.seconds)
 
 
 def main() -> None:
@@ -144,7 +151,7 @@ def main() -> None:
     add("--only", choices=CONTESTANTS, help="one turn of one contestant; prints JSON")
     args = parser.parse_args()
     if args.only:
-        rate, cpu = run_bare(args) if args.only == "bare" else run_rllib(args)
+        rate, cpu = {"env": run_env, "bare": run_bare}.get(args.only, run_rllib)(args)
         print(json.dumps({"env_steps_per_s": rate, "cpu_us_per_env_step": 1e6 * cpu}))
         return
 

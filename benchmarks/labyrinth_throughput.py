@@ -20,34 +20,13 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measuring import cpu_seconds, machine, take_turns
+from measuring import WARM_UP_S, machine, rate_of, take_turns
 
 CONTESTANTS = ("engine", "env", "vector", "training", "training_2")
 FRAME_SKIP = 4
-WARM_UP_S = 3.0
-
-
-def rate_of(total_steps: Callable[[], float], seconds: float, warm_up: float = WARM_UP_S) -> tuple[float, float]:
-    """Calls `total_steps`, which goes on a little and says how many steps were done so far, for a while.
-
-    Returns:
-        Env-steps per second and CPU seconds per env-step, after a warm-up.
-    """
-    begin, first = time.monotonic(), None
-    while True:
-        steps = total_steps()
-        now = (time.monotonic(), steps)
-        if first is None:
-            if now[0] - begin >= warm_up and steps > 0:
-                first = (*now, cpu_seconds())
-        elif now[0] - first[0] >= seconds:
-            done = now[1] - first[1]
-            return done / (now[0] - first[0]), (cpu_seconds() - first[2]) / done
 
 
 def run_engine(args: argparse.Namespace) -> tuple[float, float]:
@@ -153,7 +132,7 @@ def run_training(args: argparse.Namespace, num_columns: int) -> tuple[float, flo
             result = algo.train()
             if result["progressive"]["column"] < num_columns - 1:
                 return 0
-            return float(result["learners"].get("__all_modules__", {}).get("num_env_steps_trained_lifetime", 0))
+            return float(result.get("learners", {}).get("__all_modules__", {}).get("num_env_steps_trained_lifetime", 0))
 
         try:
             return rate_of(go_on, args.seconds, warm_up=2 * WARM_UP_S)

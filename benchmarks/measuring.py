@@ -8,10 +8,13 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
+
+WARM_UP_S = 3.0
 
 
 def cpu_seconds(pid: int | None = None) -> float:
@@ -23,6 +26,24 @@ def cpu_seconds(pid: int | None = None) -> float:
             times = each.cpu_times()
             total += times.user + times.system
     return total
+
+
+def rate_of(total_steps: Callable[[], float], seconds: float, warm_up: float = WARM_UP_S) -> tuple[float, float]:
+    """Calls `total_steps`, which goes on a little and says how many steps were done so far, for a while.
+
+    Returns:
+        Env-steps per second and CPU seconds per env-step, after a warm-up.
+    """
+    begin, first = time.monotonic(), None
+    while True:
+        steps = total_steps()
+        now = (time.monotonic(), steps)
+        if first is None:
+            if now[0] - begin >= warm_up and steps > 0:
+                first = (*now, cpu_seconds())
+        elif now[0] - first[0] >= seconds:
+            done = now[1] - first[1]
+            return done / (now[0] - first[0]), (cpu_seconds() - first[2]) / done
 
 
 def take_turns(

@@ -22,6 +22,7 @@ from rllib_pnn.experiment.environment import prepare_ray
 from rllib_pnn.experiment.errors import InputError, RunFailed, did_you_mean
 from rllib_pnn.experiment.folder import ERROR_FILE, RunFolder, find_runs
 from rllib_pnn.experiment.spec import load_plans
+from rllib_pnn.text import printable
 
 if TYPE_CHECKING:
     from rllib_pnn.experiment.conclude import Conclusion
@@ -157,7 +158,7 @@ def evaluate(
     for name in chosen:
         index = own[name] if column is None else column % len(entries)
         env_config = {**experiment.config.get("env_config", {}), **tasks[name].env_config}
-        with console.status(Text(_printable(f"{name}: column {index} plays {episodes} episodes"))):
+        with console.status(Text(printable(f"{name}: column {index} plays {episodes} episodes"))):
             played = evaluate_column(
                 network,
                 experiment.env,
@@ -224,7 +225,7 @@ def analyze(
     from rllib_pnn.analysis.analyze import analyze_run
 
     console = _console()
-    with _input_errors(), console.status(Text(_printable(f"{method} of column {column}"))):
+    with _input_errors(), console.status(Text(printable(f"{method} of column {column}"))):
         summary = analyze_run(folder.path, methods, column=_column(column), out=out, num_episodes=episodes, seed=seed)
     console.print(f"column {summary['column']} ({summary['task']}) returns {summary['episode_return_mean']:.2f}")
     for name in methods:
@@ -252,7 +253,7 @@ def prune(
     from rllib_pnn.analysis.analyze import prune_run
 
     console = _console()
-    with _input_errors(), console.status(Text(_printable(f"pruning column {column}"))):
+    with _input_errors(), console.status(Text(printable(f"pruning column {column}"))):
         summary = prune_run(
             folder.path, column=_column(column), out=out, max_kl=max_kl, num_episodes=episodes, seed=seed
         )
@@ -288,7 +289,7 @@ def report(
     with _input_errors(), console.status("reading runs"):
         summary = write_report(runs, out, top=top, floor=floor)
     for problem in summary["problems"]:
-        print(f"rllib: left out: {_printable(problem)}", file=sys.stderr)
+        print(f"rllib: left out: {printable(problem)}", file=sys.stderr)
     console.print(f"{summary['num_runs']} runs: wrote {_relative(Path(summary['html']))}", soft_wrap=True)
 
 
@@ -356,7 +357,7 @@ def _column(text: str) -> int | str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"rllib: error: {_printable(' '.join(message.split()))}", file=sys.stderr)
+    print(f"rllib: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
@@ -429,18 +430,14 @@ class _PlainTable(Table):
     """Cells are text from somebody's files: neither markup nor control sequences of a terminal."""
 
     def add_row(self, *cells: Any, **kwargs: Any) -> None:
-        super().add_row(*(Text(_printable(str(cell))) for cell in cells), **kwargs)
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+        super().add_row(*(Text(printable(str(cell))) for cell in cells), **kwargs)
 
 
 def _table(*headers: str) -> Table:
     table = _PlainTable(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for header in headers:
         table.add_column(
-            Text(_printable(header)),
+            Text(printable(header)),
             justify="left" if header in _TEXTS else "right",
             overflow="fold",
         )
@@ -574,7 +571,7 @@ def _report_transfer(console: Console, outcome: Outcome, conclusion: Conclusion)
                 table.add_row(row["method"], f"{row['mean']:.0f}", f"{row['median']:.0f}", str(row["runs"]))
             console.print(table)
     for problem in conclusion.problems:
-        print(f"rllib: {_printable(problem)}", file=sys.stderr)
+        print(f"rllib: {printable(problem)}", file=sys.stderr)
     left = [run for run in outcome.runs if run.state.status != "finished"]
     _tell_failures(outcome)
     if conclusion.report is not None:

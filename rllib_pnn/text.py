@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Control sequences of a terminal become question marks."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def one_line(message: object, limit: int = 1400) -> str:
     """White space is one space each; of a text longer than `limit` characters, its beginning and its end."""
-    text = " ".join(str(message).split())
-    return text if len(text) <= limit else f"{text[: limit - 300]} ... {text[-295:]}"
+    text = printable(" ".join(str(message).split()))
+    tail = limit // 5
+    return text if len(text) <= limit else f"{text[: limit - tail - 5]} ... {text[-tail:]}"
 
 
 def short(value: object, limit: int = 60) -> str:

@@ -29,7 +29,7 @@ from ray.tune.registry import ENV_CREATOR, _global_registry
 from rllib_pnn.experiment.errors import InputError, did_you_mean
 from rllib_pnn.experiment.source import KeyPath
 from rllib_pnn.experiment.spec import SECTIONS, Experiment, Plan
-from rllib_pnn.text import short
+from rllib_pnn.text import one_line, short
 
 AUTO = "auto"
 
@@ -220,10 +220,10 @@ def check_env(plan: Plan, experiment: Experiment) -> None:
             env = gym.make(name, **env_config)
     except (gym.error.UnregisteredEnv, gym.error.NameNotFound, ModuleNotFoundError) as error:
         raise plan.error(
-            ("env",), one_line(error).split(" Did you mean")[0].rstrip(".") + did_you_mean(name, gym.registry)
+            ("env",), complaint(error).split(" Did you mean")[0].rstrip(".") + did_you_mean(name, gym.registry)
         ) from None
     except Exception as error:  # whatever an environment's constructor may raise
-        raise plan.error(("config", "env_config"), f"{name} can't be made: {one_line(error)}") from None
+        raise plan.error(("config", "env_config"), f"{name} can't be made: {complaint(error)}") from None
     env.close()
 
 
@@ -343,16 +343,16 @@ def _refuse_code(plan: Plan, experiment: Experiment) -> None:
 
 def _config_error(plan: Plan, experiment: Experiment, error: Exception) -> InputError:
     """RLlib's complaint about a config, at the first key of the file that it names."""
-    message = one_line(error)
+    message = complaint(error)
     named = [key for key in re.findall(r"`(?:config\.)?(\w+)", message) if key in experiment.config]
     return plan.error(("config", named[0]) if named else ("config",), message)
 
 
-def one_line(error: BaseException) -> str:
+def complaint(error: BaseException) -> str:
     """An error's message as one line, without RLlib's advice on how to switch its checks off."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = text.split("\nTo suppress all validation errors")[0]
-    return " ".join(text.split())[:400] or type(error).__name__
+    return one_line(text, 400) or type(error).__name__
 
 
 # -- the cluster -----------------------------------------------------------------------------------------------------

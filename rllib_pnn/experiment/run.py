@@ -41,7 +41,7 @@ from ray.tune.utils.util import SafeFallbackEncoder
 from rich.console import Console
 
 from rllib_pnn.analysis.analyze import task_name
-from rllib_pnn.experiment.algorithm import Cluster, build_config, check_env, one_line
+from rllib_pnn.experiment.algorithm import Cluster, build_config, check_env, complaint
 from rllib_pnn.experiment.conclude import Conclusion, conclude
 from rllib_pnn.experiment.errors import InputError, RunFailed
 from rllib_pnn.experiment.folder import (
@@ -213,8 +213,8 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
         )
     except Exception as error:  # Ray raises bare ones too
         if address is None:
-            raise RunFailed(f"Ray does not start: {one_line(error)}") from error
-        raise InputError(f"--ray-address {address}: {one_line(error)}") from None
+            raise RunFailed(f"Ray does not start: {complaint(error)}") from error
+        raise InputError(f"--ray-address {address}: {complaint(error)}") from None
     try:
         register()
         with _quiet(verbose):
@@ -374,7 +374,7 @@ def _fit(plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], display: D
             if cause is None:
                 raise
             raise RunFailed(
-                f"{cause.filename or path}: {cause.strerror or one_line(cause)}; the last checkpoints and all stored "
+                f"{cause.filename or path}: {cause.strerror or complaint(cause)}; the last checkpoints and all stored "
                 f"columns are intact. Once that is mended:  rllib train --resume {path}"
             ) from error
     return stop.signal

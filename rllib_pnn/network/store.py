@@ -26,6 +26,7 @@ from rllib_pnn.files import RefusedFile, claim, open_regular, write_whole
 from rllib_pnn.network.column import Column, ColumnLayout
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.spec import ColumnSpec
+from rllib_pnn.text import one_line
 
 FORMAT: Final = "rllib_pnn.columns/1"
 MANIFEST = "manifest.json"
@@ -217,7 +218,7 @@ class ColumnStore:
             columns = [*manifest.columns, entry]
             text = manifest.model_copy(update={"columns": columns}).model_dump_json(indent=2).encode()
         except (ValidationError, TypeError, ValueError, RecursionError) as error:
-            reason = _where_and_what(error) if isinstance(error, ValidationError) else _one_line(error)
+            reason = _where_and_what(error) if isinstance(error, ValidationError) else _reason(error)
             raise ColumnStoreError(f"{self.path}: column {index} can't be described as JSON: {reason}") from None
         _parse_manifest(self.path / MANIFEST, text)  # what can't be read again is not written
         tensors = {n: p.detach().to("cpu", torch.float32).contiguous() for n, p in column.named_parameters()}
@@ -253,7 +254,7 @@ class ColumnStore:
                 seed=shared.seed,
             )
         except (ValueError, OverflowError) as error:
-            raise ColumnStoreError(f"{self.path / MANIFEST}: network: {_one_line(error)}") from None
+            raise ColumnStoreError(f"{self.path / MANIFEST}: network: {_reason(error)}") from None
         for index, entry in enumerate(manifest.columns[:num_columns]):
             network.append_column(self._load_column(network, index, entry))
         return network
@@ -288,7 +289,7 @@ class ColumnStore:
             with torch.device("meta"):  # shapes without memory
                 column = Column(layout, network.input_scale)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-            raise ColumnStoreError(f"{self.path / MANIFEST}: columns.{index}: {_one_line(error)}") from None
+            raise ColumnStoreError(f"{self.path / MANIFEST}: columns.{index}: {_reason(error)}") from None
         expected = {name: tuple(p.shape) for name, p in column.named_parameters()}
         column.load_state_dict(_read_tensors(path, expected), strict=True, assign=True)
         found = column.compute_fingerprint()
@@ -328,7 +329,7 @@ def _parse_manifest(path: Path, text: bytes) -> Manifest:
     except RecursionError:
         raise ColumnStoreError(f"{path}: nested too deeply") from None
     except ValueError as error:
-        raise ColumnStoreError(f"{path}: not a manifest: {_one_line(error)}") from None
+        raise ColumnStoreError(f"{path}: not a manifest: {_reason(error)}") from None
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -345,7 +346,7 @@ def _refuse_constant(name: str) -> NoReturn:
 def _where_and_what(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return _one_line(f"{where}: {first['msg']}" if where else first["msg"])
+    return _reason(f"{where}: {first['msg']}" if where else first["msg"])
 
 
 def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -362,13 +363,13 @@ def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str,
             found = {name: tuple(t["shape"]) for name, t in header.items()}
             types = {t["dtype"] for t in header.values()}
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ColumnStoreError(f"{path}: damaged or not a safetensors file: {_one_line(error)}") from None
+            raise ColumnStoreError(f"{path}: damaged or not a safetensors file: {_reason(error)}") from None
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 difference = f"expected shape {expected.get(name, 'none')}, got {found.get(name, 'none')}"
-                raise ColumnStoreError(f"{path}: {_one_line(f'{name}: {difference}')}")
+                raise ColumnStoreError(f"{path}: {_reason(f'{name}: {difference}')}")
         if types != {"F32"}:
-            found_types = _one_line(", ".join(sorted(map(str, types))))
+            found_types = _reason(", ".join(sorted(map(str, types))))
             raise ColumnStoreError(f"{path}: expected float32 tensors (F32), got {found_types}")
         expected_size = 8 + length + 4 * sum(math.prod(shape) for shape in expected.values())
         if size != expected_size:
@@ -377,7 +378,7 @@ def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str,
     try:
         tensors = safetensors_load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ColumnStoreError(f"{path}: damaged: {_one_line(error)}") from None
+        raise ColumnStoreError(f"{path}: damaged: {_reason(error)}") from None
     # Into memory of torch's own: where a matrix starts decides how its product is rounded (promise 1).
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
@@ -396,6 +397,5 @@ def _open(path: Path, limit: int) -> BinaryIO:
         raise ColumnStoreError(str(error)) from None
 
 
-def _one_line(message: object) -> str:
-    line = " ".join(str(message)[:1000].split())[:300]
-    return "".join(letter if letter.isprintable() else "?" for letter in line)
+def _reason(message: object) -> str:
+    return one_line(message, 300)
