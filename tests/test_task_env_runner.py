@@ -1,10 +1,12 @@
 """The task-aware EnvRunner: what it remembers, what it says about episodes."""
 
+import numpy as np
 import pytest
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
 import rllib_pnn.envs.registry  # noqa: F401
+from rllib_pnn.training.a3c import A3CConfig
 from rllib_pnn.training.env_runner import ArrayEnvRunner
 from rllib_pnn.training.learner import task_of
 from rllib_pnn.training.progressive import make_progressive
@@ -45,6 +47,71 @@ def test_a_switch_forgets_unfinished_episodes(runner):
     assert {task_of(e) for e in runner.sample(num_timesteps=30)} == {1}
     assert runner.env.unwrapped.spec.kwargs["variant"] == "flipped"
     assert runner.config.env_config["variant"] == "flipped"
+
+
+def test_a_task_has_its_own_env_config_whatever_came_before(tmp_path):
+    tasks = [
+        {"name": "a", "env_config": {"variant": "plain"}},
+        {"name": "b", "env_config": {"variant": "flipped", "sutton_barto_reward": True}},
+        {"name": "c", "env_config": {"variant": "permuted"}},
+    ]
+    config = PPOConfig().environment("rllib_pnn/CartPoleSoup-v0").debugging(seed=0)
+    config = make_progressive(config, tasks=tasks, column="mlp", column_store=tmp_path)
+    walked, restarted = (config.env_runner_cls(config=config, worker_index=i) for i in (1, 2))
+    try:
+        walked.switch_task(1)
+        walked.switch_task(2)
+        restarted.switch_task(2)
+        for runner in (walked, restarted):
+            assert runner.config.env_config == {"variant": "permuted"}
+            assert "sutton_barto_reward" not in runner.env.unwrapped.spec.kwargs
+    finally:
+        walked.stop()
+        restarted.stop()
+
+
+def test_evaluation_keeps_its_env_config_on_every_task(tmp_path):
+    config = PPOConfig().environment("rllib_pnn/CartPoleSoup-v0", env_config={"sutton_barto_reward": True})
+    config.evaluation(evaluation_interval=1, evaluation_config={"env_config": {"sutton_barto_reward": False}})
+    tasks = [{"name": v, "env_config": {"variant": v}} for v in ("plain", "flipped")]
+    config = make_progressive(config, tasks=tasks, column="mlp", column_store=tmp_path)
+    config = config.get_evaluation_config_object()
+    runner = config.env_runner_cls(config=config, worker_index=1)
+    try:
+        for index, variant in enumerate(("plain", "flipped")):
+            if index:
+                runner.switch_task(index)
+            assert runner.config.env_config == {"variant": variant, "sutton_barto_reward": False}
+    finally:
+        runner.stop()
+
+
+@pytest.mark.parametrize("config_class", [A3CConfig, PPOConfig])
+def test_returns_are_those_before_rewards_were_clipped(config_class, tmp_path):
+    config = config_class().environment(
+        "rllib_pnn/Atari-v0", env_config={"reward_clipping": True, "max_episode_frames": 400}
+    )
+    config.env_runners(num_env_runners=0, num_envs_per_env_runner=2).debugging(seed=0)
+    tasks = [{"name": "alien", "env_config": {"game": "alien"}}]
+    config = make_progressive(config, tasks=tasks, column=[{"conv": [4, 8, 8]}, {"dense": 8}], column_store=tmp_path)
+    runner = config.env_runner_cls(config=config, worker_index=1)
+    told, step = [], runner.env.unwrapped.step
+
+    def listen(actions):
+        result = step(actions)
+        infos = result[4]
+        if "episode_score" in infos:
+            told.extend(np.asarray(infos["episode_score"])[np.asarray(infos["_episode_score"])].tolist())
+        return result
+
+    runner.env.unwrapped.step = listen
+    try:
+        while len(told) < 4:
+            runner.collect_rollout() if config_class is A3CConfig else runner.sample(num_timesteps=20)
+        assert runner.get_metrics()["task_episode_returns"]["0"].peek() == told
+        assert max(told) > 10, "points of Alien come in tens"
+    finally:
+        runner.stop()
 
 
 def test_environments_of_neighbouring_runners_share_no_seed(runner):

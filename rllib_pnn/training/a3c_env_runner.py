@@ -159,10 +159,14 @@ class Rollout:
 
 
 class EpisodeSummary(SingleAgentEpisode):
-    """What a rollout keeps of an episode that ended, for `on_episode_end`: return, length and duration; no steps."""
+    """What a rollout keeps of an episode that ended, for `on_episode_end`: return, length, duration and, of the last
+    info, `episode_score`; no steps."""
 
-    def __init__(self, length: int, episode_return: float, seconds: float, *, terminated: bool) -> None:
+    def __init__(
+        self, length: int, episode_return: float, seconds: float, info: dict[str, Any], *, terminated: bool
+    ) -> None:
         super().__init__(terminated=terminated, truncated=not terminated)
+        self.infos.append(info)
         self.t = length
         self._return = episode_return
         self._seconds = seconds
@@ -416,7 +420,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
                 state = None
             if not self._next_step_reset:
                 final.extend(self._final_states(t, truncated & ~terminated[t], infos, state))
-            self._count(reward, done[t], valid[t], terminated[t])
+            self._count(reward, done[t], valid[t], terminated[t], infos)
             # What comes next in this env is a reset, its action ignored.
             self._is_reset_step = done[t] if self._next_step_reset else self._is_reset_step
             self._last_features = None
@@ -500,8 +504,15 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             return rewards.clip(-limit, limit)
         return rewards
 
-    def _count(self, reward: np.ndarray, done: np.ndarray, valid: np.ndarray, terminated: np.ndarray) -> None:
-        """Episode statistics, of raw rewards; Python objects only where an episode ends."""
+    def _count(
+        self,
+        reward: np.ndarray,
+        done: np.ndarray,
+        valid: np.ndarray,
+        terminated: np.ndarray,
+        infos: Mapping[str, Any],
+    ) -> None:
+        """Episode statistics, of the env's rewards; Python objects only where an episode ends."""
         self._episode_returns += reward * valid
         self._episode_lengths += valid
         self._num_env_steps_unreported += int(valid.sum())
@@ -513,7 +524,11 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             self._episode_returns[n] = self._episode_lengths[n] = 0
             self._episode_starts[n] = now
             if self._calls_episode_end:
-                summary = EpisodeSummary(length, episode_return, seconds, terminated=bool(terminated[n]))
+                info = {}
+                # Environments that clip rewards for learning tell the unclipped return.
+                if "episode_score" in infos and np.asarray(infos.get("_episode_score", done))[n]:
+                    info["episode_score"] = float(infos["episode_score"][n])
+                summary = EpisodeSummary(length, episode_return, seconds, info, terminated=bool(terminated[n]))
                 self._call_episode_end(summary, int(n))
 
     def _call_episode_end(self, episode: EpisodeSummary, env_index: int) -> None:

@@ -56,12 +56,17 @@ class TaskEnvRunnerMixin(SingleAgentEnvRunner):
     task_index = 0
     config: AlgorithmConfig
     module: ProgressiveRLModule
+    _own_env_config: dict[str, Any]
     _seed: int | None
 
     @override(SingleAgentEnvRunner)
     def __init__(self, **kwargs: Any) -> None:
         keep_freed_memory()
         super().__init__(**kwargs)
+        # What an evaluation config says of the environments beside the task; it holds on all of them.
+        first = self._task_env_config(0)
+        given = self.config.env_config
+        self._own_env_config = {k: v for k, v in given.items() if k not in first or first[k] != v}
         if self._seed is not None:
             # RLlib's seeds of neighbouring EnvRunners differ by one, and so do those of environments within one.
             self._seed = int(self.config.seed) + SEED_STRIDE * (self.worker_index or 0)
@@ -94,12 +99,15 @@ class TaskEnvRunnerMixin(SingleAgentEnvRunner):
         if self.module.task_index != self.task_index:
             self.switch_task(self.module.task_index)
 
+    def _task_env_config(self, task_index: int) -> dict[str, Any]:
+        return dict(self.config.rl_module_spec.model_config[MODEL_CONFIG_KEY]["tasks"][task_index]["env_config"])
+
     def switch_task(self, task_index: int) -> None:
         """Closes all environments and makes those of another task; unfinished episodes are forgotten."""
-        tasks = self.module.model_config[MODEL_CONFIG_KEY]["tasks"]
         self.task_index = task_index
         config = self.config.copy(copy_frozen=False)
-        config.environment(env_config=tasks[task_index]["env_config"])
+        # Not by `environment()`, which keeps what is there: keys of earlier tasks.
+        config.env_config = self._task_env_config(task_index) | self._own_env_config
         config.freeze()
         self.config = config
         for metric in EPISODE_METRICS:
