@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from rllib_pnn.training.a3c import A3C, A3CConfig, A3CLearner, register_a3c
 from rllib_pnn.training.a3c_env_runner import FlatParameters, GradientInfo
 from rllib_pnn.training.progressive import make_progressive
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a Learner actor can't import a test module
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -309,6 +312,22 @@ def test_learner_actor() -> None:
         algo.stop()
 
 
+class FailingLearner(A3CLearner):
+    def before_gradient_based_update(self, **kwargs: Any) -> None:
+        raise RuntimeError("device-side assert")
+
+
+def test_an_exception_of_the_learner_actor_is_not_taken_for_an_env_runners() -> None:
+    config = make_config(num_env_runners=1).learners(num_learners=1, learner_class=FailingLearner)
+    algo = config.build_algo()
+    try:
+        with pytest.raises(RuntimeError, match="device-side assert"):
+            for _ in range(3):
+                algo.train()
+    finally:
+        algo.stop()
+
+
 def test_without_restarts_the_others_go_on_and_the_last_ones_loss_ends_training() -> None:
     config = make_config(num_env_runners=2).fault_tolerance(
         restart_failed_env_runners=False, ignore_env_runner_failures=True
@@ -431,8 +450,33 @@ def test_a_sequence_of_tasks_grows_columns(tmp_path: Path) -> None:
             learner_result(results[-1])["num_gradients_applied_lifetime"]
             > learner_result(switch)["num_gradients_applied_lifetime"]
         )
-        # Requests that were on their way when the column was frozen brought gradients of the old task.
-        assert learner_result(results[-1])["num_gradients_dropped_other_task_lifetime"] >= 1
+        # Requests that were on their way when the column was frozen brought gradients that trained nothing.
+        assert learner_result(results[-1])["num_gradients_dropped_other_layout_lifetime"] >= 1
+    finally:
+        algo.stop()
+
+
+def test_what_was_done_on_a_task_is_counted_to_it(tmp_path: Path) -> None:
+    """An EnvRunner reports once a training step; what it did since comes late at a switch."""
+    config = make_config(num_env_runners=1, gradients_per_training_step=40)
+    config = make_progressive(
+        config,
+        tasks=[{"name": name, "until": {"num_env_steps": 300}} for name in ("first", "second")],
+        column=[{"dense": 8}],
+        column_store=tmp_path / "columns",
+        evaluation_episodes=0,
+    )
+    algo = config.build_algo()
+    try:
+        for _ in range(10):
+            if algo.train()["progressive"]["task_over"]:
+                break
+        done = algo.learner_group._learner._num_env_steps
+        assert done >= 40 * 4 * 5
+        assert module_of(algo).progress["task_start_env_steps"] == done
+        result = algo.train()["progressive"]
+        assert (result["task"], result["task_env_steps"] % 20) == ("second", 0)
+        assert result["task_env_steps"] < algo.learner_group._learner._num_env_steps - done + 20 * 20
     finally:
         algo.stop()
 

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import threading
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -11,7 +13,17 @@ import torch
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.dqn import DQNConfig
 from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.algorithms.utils import AggregatorActor
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.core.learner.learner import Learner
+from ray.rllib.core.learner.training_data import TrainingData
+from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_RESULTS,
+    EPISODE_RETURN_MEAN,
+    EVALUATION_RESULTS,
+    NUM_ENV_STEPS_SAMPLED_LIFETIME,
+)
 from small_algorithms import small_config
 
 import rllib_pnn
@@ -156,6 +168,113 @@ def test_rollouts_of_another_task_train_nothing(tmp_path):
         changed, dropped = update(task_index=1)
         assert not changed
         assert dropped.peek() >= 80
+    finally:
+        made.stop()
+
+
+@pytest.mark.parametrize("num_aggregators", [0, 1])
+def test_rollouts_of_another_task_train_nothing_whoever_batches_them(tmp_path, num_aggregators):
+    base = config("IMPALA").learners(num_aggregator_actors_per_learner=num_aggregators)
+    base = progressive(tmp_path, config=base)
+    runner = base.env_runner_cls(config=base, worker_index=1)
+    learner = base.build_learner(env=None, spaces=runner.get_spaces())
+    try:
+        for task_index in (0, 1):
+            if task_index:
+                learner.progressive_module.network.freeze()
+                learner.grow({**learner.progressive_module.progress, "task_index": 1})
+            episodes = [e for e in runner.sample(num_timesteps=40) if len(e)]  # all of task 0
+            data = TrainingData(episodes=episodes)
+            if num_aggregators:
+                actor = AggregatorActor(base, learner._module_spec)
+                batch = actor._learner_connector(episodes=episodes, rl_module=actor._module, metrics=actor.metrics)
+                parts = {key: SampleBatch(part) for key, part in batch.items()}
+                data = TrainingData(batch=MultiAgentBatch(parts, sum(map(len, episodes))))
+            newest = list(learner.progressive_module.network.columns[-1].parameters())
+            before = [p.detach().clone() for p in newest]
+            # What IMPALA's thread calls.
+            Learner.update(learner, training_data=data, timesteps={NUM_ENV_STEPS_SAMPLED_LIFETIME: 0}, num_epochs=1)
+            trained = not all(torch.equal(a, b) for a, b in zip(before, newest, strict=True))
+            assert trained == (task_index == 0)
+    finally:
+        runner.stop()
+        learner.shutdown()
+
+
+def test_no_learner_updates_alone(tmp_path, monkeypatch):
+    made = progressive(tmp_path, "PPO").build_algo()
+    try:
+        learner = _learner(made)
+        newest = list(learner.progressive_module.network.columns[-1].parameters())
+        monkeypatch.setattr(learner, "config", learner.config.copy(copy_frozen=False).learners(num_learners=2))
+        says = 1.0  # what the other Learner has; this one would not skip
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, op: flag.fill_(max(says, float(flag))))
+        batch = learner._make_batch_if_necessary(
+            TrainingData(episodes=[e for e in made.env_runner.sample(num_timesteps=40) if len(e)])
+        )
+        before = [p.detach().clone() for p in newest]
+        assert learner._update(learner._convert_batch_type(batch).policy_batches) == ({}, {}, {})
+        assert all(torch.equal(a, b) for a, b in zip(before, newest, strict=True))
+        says = 0.0
+        assert [learner._one_skips(own) for own in (False, True)] == [False, True]
+    finally:
+        made.stop()
+
+
+def test_the_state_that_is_broadcast_is_taken_between_updates(tmp_path):
+    made = progressive(tmp_path, "APPO").build_learner(env=gym.make("rllib_pnn/CartPoleSoup-v0"))
+    module, taken = made.progressive_module, []
+    other = copy.deepcopy(module.network.columns[-1])
+    with torch.no_grad():
+        other.policy.weight.add_(1.0)
+    asking = threading.Thread(target=lambda: taken.append(made.module_state(inference_only=True)))
+    with made._growth_lock:  # an update: APPO's target network stands in the newest column's place for a while
+        newest, module.network.columns[-1] = module.network.columns[-1], other
+        asking.start()
+        asking.join(0.3)
+        module.network.columns[-1] = newest
+    asking.join()
+    weight = taken[0]["columns"][-1]["parameters"]["policy.weight"]
+    np.testing.assert_array_equal(weight, newest.policy.weight.detach().numpy())
+    assert not np.shares_memory(weight, newest.policy.weight.detach().numpy())
+    made.shutdown()
+
+
+def test_a_learner_that_reports_does_not_meet_one_that_grows(tmp_path, monkeypatch):
+    learner = progressive(tmp_path, "IMPALA").build_learner(env=gym.make("rllib_pnn/CartPoleSoup-v0"))
+    inside, errors, get = threading.Event(), [], learner._get_optimizer_lr
+
+    def slowly(optimizer):
+        inside.set()
+        time.sleep(0.2)
+        return get(optimizer)
+
+    monkeypatch.setattr(learner, "_get_optimizer_lr", slowly)
+
+    def report():
+        try:
+            learner.after_gradient_based_update(timesteps={NUM_ENV_STEPS_SAMPLED_LIFETIME: 5})
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=report)
+    thread.start()
+    assert inside.wait(10)
+    learner.freeze_columns()  # takes the optimizer away
+    thread.join()
+    assert not errors
+    learner.shutdown()
+
+
+def test_windows_over_evaluation_episodes_do_not_mix_tasks(tmp_path):
+    base = config().evaluation(evaluation_interval=1, evaluation_duration=2, evaluation_num_env_runners=0)
+    made = progressive(tmp_path, config=base).build_algo()
+    key = (EVALUATION_RESULTS, ENV_RUNNER_RESULTS, EPISODE_RETURN_MEAN)
+    try:
+        assert not made.train()["progressive"]["task_over"]
+        assert not math.isnan(made.metrics.peek(key, default=math.nan))
+        train_until(made, lambda r: r["progressive"]["task_over"])
+        assert math.isnan(made.metrics.peek(key, default=math.nan))
     finally:
         made.stop()
 

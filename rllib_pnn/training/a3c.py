@@ -28,7 +28,7 @@ import numpy as np
 import ray
 import torch
 from ray import tune
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayError
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
@@ -497,6 +497,7 @@ class _Request:
 
     actor_id: int
     gradient: ray.ObjectRef
+    weights: Any  # those it was sent: `Weights`, or the ref of what a Learner actor answers
 
 
 def _compute_gradient(
@@ -613,28 +614,44 @@ class A3C(Algorithm):
             return []
         return ray.wait(open_refs, timeout=PROBE_INTERVAL_S if self._next_probe else None)[0]
 
-    def _take_gradient(self, ref: ray.ObjectRef) -> bool:
-        """Handles a finished request and sends its EnvRunner the next; returns whether it brought a gradient."""
+    def _take_gradient(self, ref: ray.ObjectRef, *, go_on: bool = True) -> bool:
+        """Handles a finished request and, to `go_on`, sends its EnvRunner the next; returns whether it brought a
+        gradient."""
         request = self._requests.pop(ref)  # a gradient is known by its request alone: none can be applied twice
         try:
             info = ray.get(ref)
             gradient = ray.get(request.gradient) if self.learner_group.is_local else None
         except RayError as error:
+            _raise_what_failed(request.weights)
             self._lose(request.actor_id, error)
             return False
         if info.metrics is not None:
             self.metrics.aggregate([info.metrics], key=ENV_RUNNER_RESULTS)
         if info.needs_state:
             self._has_state.discard(request.actor_id)
-            self._fill(request.actor_id)
+            if go_on:
+                self._fill(request.actor_id)
             return False
         if self.learner_group.is_local:
             weights = self._learner.apply_gradient(info, gradient)
         else:
             # Refs all the way: the gradient goes to the Learner and the weights to the EnvRunner without passing here.
             weights = self._learner.apply_gradient.remote(ref, request.gradient)
-        self._fill(request.actor_id, weights)
+        if go_on:
+            self._fill(request.actor_id, weights)
         return True
+
+    def settle(self) -> None:
+        """Waits for the gradients on their way and for what EnvRunners have not reported yet; sends no new requests.
+
+        What is counted afterwards belongs to what the EnvRunners do next. `ProgressiveCallback` calls this between
+        freezing a column and adding the next, when the Learner takes no gradient any more.
+        """
+        for ref in list(self._requests):
+            self._take_gradient(ref, go_on=False)
+        if self.config.num_env_runners > 0:
+            late = self.env_runner_group.foreach_env_runner(lambda runner: runner.get_metrics(), local_env_runner=False)
+            self.metrics.aggregate(late, key=ENV_RUNNER_RESULTS)
 
     def _fill(self, actor_id: int, weights: Any = None) -> None:
         """Sends requests to an EnvRunner until as many as allowed are on their way."""
@@ -654,7 +671,7 @@ class A3C(Algorithm):
             report = actor_id not in self._reported
             self._reported.add(actor_id)
             info, gradient = actor.apply.options(num_returns=2).remote(_compute_gradient, weights, report, state)
-            self._requests[info] = _Request(actor_id, gradient)
+            self._requests[info] = _Request(actor_id, gradient, weights)
 
     def _take_learner_results(self) -> None:
         results = self.learner_group.foreach_learner(
@@ -762,6 +779,16 @@ class A3C(Algorithm):
         """Gradients on their way belong to the weights before the restore."""
         self._requests.clear()
         self._has_state.clear()
+
+
+def _raise_what_failed(weights: Any) -> None:
+    """Raises the Learner's exception if that is why there are no weights.
+
+    Ray passes an exception on to every task that takes its result as an argument, so that it looks like an EnvRunner's.
+    """
+    if isinstance(weights, ray.ObjectRef):
+        with contextlib.suppress(RayActorError, ObjectLostError):  # `_lose` looks whether the Learner is alive
+            ray.get(weights)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
     EPISODE_RETURN_MEAN,
+    EVALUATION_RESULTS,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
 )
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
@@ -35,6 +36,7 @@ from ray.tune.result import DONE, SHOULD_CHECKPOINT
 
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.store import ColumnStore, ColumnStoreError
+from rllib_pnn.training.a3c import A3C
 from rllib_pnn.training.evaluation import ColumnEvaluation, evaluate_shard, shards
 from rllib_pnn.training.learner import results_of
 from rllib_pnn.training.recognition import KEY as FIRST_OBSERVATIONS
@@ -179,14 +181,14 @@ class ProgressiveCallback(RLlibCallback):
 
         Those episodes are older than the weights, and one bad update is enough to lose a policy. Frozen for ever is
         what plays now, so it plays first. If its mean is below the task's by more than two standard errors, the task
-        goes on until another window of episodes is full. (A3C's and IMPALA's Learner may apply a few more updates
-        before it freezes.)
+        goes on until at least MIN_EPISODES more have ended, and ended well. (A3C's and IMPALA's Learner may apply a
+        few more updates before it freezes.)
         """
         num_episodes, wanted = self._settings.get("evaluation_episodes", 10), task.until.get("episode_return_mean")
         if num_episodes <= 0 or wanted is None:
             return True
         self._broadcast(algorithm)
-        state = _on_learners(algorithm, lambda learner: learner.progressive_module.get_state())[0]
+        state = _on_learners(algorithm, lambda learner: learner.module_state())[0]
         column = progress["first_column"] + progress["task_index"]
         played = _play(algorithm, self._network_from(algorithm, state), self._jobs(column, task))
         returns = np.asarray(ColumnEvaluation.merge(played).returns)
@@ -211,6 +213,11 @@ class ProgressiveCallback(RLlibCallback):
         network = self._network_from(algorithm, states[0])
         network.verify()
         self._share(algorithm)
+        if isinstance(algorithm, A3C):
+            # What is reported from here on was done on the next task.
+            algorithm.settle()
+            lifetime = (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME)
+            total_steps = max(total_steps, int(algorithm.metrics.peek(lifetime, default=0)))
         self._broadcast(algorithm)
         self._play_all(algorithm, network, progress)
         for k in range(progress["first_column"] + index + 1):
@@ -261,7 +268,7 @@ class ProgressiveCallback(RLlibCallback):
             self._go_on(algorithm, progress, total)
         elif progress["task_index"] > done:
             # The checkpoint knows more than the store (moved or lost files): every column goes in again.
-            states = _on_learners(algorithm, lambda learner: learner.progressive_module.get_state())
+            states = _on_learners(algorithm, lambda learner: learner.module_state())
             network = self._network_from(algorithm, states[0])
             for k in range(first + progress["task_index"]):
                 self._store_column(network, k, progress, None)
@@ -272,7 +279,7 @@ class ProgressiveCallback(RLlibCallback):
 
     def _start_from(self, algorithm: Algorithm, source: ColumnStore) -> None:
         """Puts another run's frozen columns in front of the first task's column."""
-        states = _on_learners(algorithm, lambda learner: learner.progressive_module.get_state())
+        states = _on_learners(algorithm, lambda learner: learner.module_state())
         fresh = self._network_from(algorithm, states[0])
         network = source.load()
         given = (network.observation_shape, network.num_outputs)
@@ -320,7 +327,7 @@ class ProgressiveCallback(RLlibCallback):
 
     def _share(self, algorithm: Algorithm) -> None:
         """Frozen columns into the object store, owned by this process, which outlives Learners and EnvRunners."""
-        states = _on_learners(algorithm, lambda learner: learner.progressive_module.get_state(inference_only=True))
+        states = _on_learners(algorithm, lambda learner: learner.module_state(inference_only=True))
         references = {
             entry["fingerprint"]: entry.get("reference") or ray.put(entry)
             for entry in states[0]["columns"]
@@ -332,7 +339,7 @@ class ProgressiveCallback(RLlibCallback):
         self, algorithm: Algorithm, group: EnvRunnerGroup | None = None, indices: list[int] | None = None
     ) -> None:
         """The Learner's state to all EnvRunners, waited for."""
-        state = _on_learners(algorithm, lambda learner: learner.progressive_module.get_state(inference_only=True))[0]
+        state = _on_learners(algorithm, lambda learner: learner.module_state(inference_only=True))[0]
         reference = ray.put(state)
         groups = [group] if group is not None else [algorithm.env_runner_group, algorithm.eval_env_runner_group]
         for each in groups:
@@ -350,6 +357,7 @@ class ProgressiveCallback(RLlibCallback):
         algorithm.env_runner_group.fetch_ready_async_reqs(tags=(), return_obj_refs=True)
         for metric in EPISODE_METRICS:
             algorithm.metrics.delete(ENV_RUNNER_RESULTS, metric, key_error=False)
+            algorithm.metrics.delete(EVALUATION_RESULTS, ENV_RUNNER_RESULTS, metric, key_error=False)
 
     def _play_all(self, algorithm: Algorithm, network: ProgressiveNetwork, progress: dict[str, Any]) -> None:
         """Every column on its own task, in parallel on the EnvRunners; notes returns now and at freezing."""

@@ -16,7 +16,7 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchDDPRLModule
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils import force_list
 from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from ray.rllib.utils.typing import EpisodeType, ParamDict, StateDict
@@ -89,9 +90,25 @@ class AddTaskIndex(ConnectorV2):
         index = indices.pop() if len(indices) == 1 else None
         value = -1 if index is None else index
         for module_batch in batch.values():
-            rows = len(next(iter(module_batch.values()))) if module_batch else 0
-            module_batch[TASK_INDEX] = torch.full((rows,), value, dtype=torch.int32)
+            first = next(iter(module_batch.values())) if module_batch else ()
+            if isinstance(first, np.ndarray):
+                module_batch[TASK_INDEX] = np.full(len(first), value, dtype=np.int32)
+            else:
+                module_batch[TASK_INDEX] = torch.full((len(first),), value, dtype=torch.int32)
         return batch
+
+
+class ThenTaskIndex:
+    """The `learner_connector` setting of AggregatorActors: another one's connectors, then `AddTaskIndex`.
+
+    Where they batch, Learners have no pipeline of their own to put it into.
+    """
+
+    def __init__(self, connectors: Callable[..., Any]) -> None:
+        self._connectors = connectors
+
+    def __call__(self, *spaces: Any) -> list[ConnectorV2]:
+        return [*force_list(self._connectors(*spaces)), AddTaskIndex()]
 
 
 class DropOldStates(ConnectorV2):
@@ -157,7 +174,18 @@ class ProgressiveLearnerMixin(Learner):
         with self._growth_lock:
             self.progressive_module.network.freeze()
             self._rebuild_optimizer()
-            return self.progressive_module.get_state()
+            return self.module_state()
+
+    def module_state(self, *, inference_only: bool = False) -> StateDict:
+        """The module's state between two updates; what still trains is a copy."""
+        with self._growth_lock:
+            state = self.progressive_module.get_state(inference_only=inference_only)
+            trained = [entry for entry in state["columns"] if entry["fingerprint"] is None]
+            for holder in trained:
+                holder["parameters"] = {name: np.array(p) for name, p in holder["parameters"].items()}
+            if "target" in state:
+                state["target"] = {name: np.array(p) for name, p in state["target"].items()}
+            return state
 
     def grow(self, progress: Mapping[str, Any]) -> None:
         """Adds the next task's column and gives it a fresh optimizer and fresh schedules."""
@@ -212,12 +240,18 @@ class ProgressiveLearnerMixin(Learner):
     def _update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
         with self._growth_lock:
             indices = batch[DEFAULT_MODULE_ID].get(TASK_INDEX)
-            if indices is not None and bool((indices != self.progressive_module.task_index).any()):
-                self.metrics.log_value(
-                    (ALL_MODULES, NUM_ENV_STEPS_DROPPED), int(np.prod(indices.shape)), reduce="lifetime_sum"
+            if indices is None:
+                raise ValueError(
+                    "learner_connector: batches come without the task they were played on; set the config's "
+                    "connectors and aggregators before make_progressive(), which adds it"
                 )
-                return {}, {}, {}
-            if self.progressive_module.network.columns[-1].is_frozen or self._trouble is not None:
+            is_old = bool((indices != self.progressive_module.task_index).any())
+            frozen = self.progressive_module.network.columns[-1].is_frozen
+            if self._one_skips(is_old or frozen or self._trouble is not None):
+                if is_old:
+                    self.metrics.log_value(
+                        (ALL_MODULES, NUM_ENV_STEPS_DROPPED), int(np.prod(indices.shape)), reduce="lifetime_sum"
+                    )
                 return {}, {}, {}
             try:
                 return super()._update(batch, **kwargs)
@@ -228,6 +262,14 @@ class ProgressiveLearnerMixin(Learner):
                 logger.exception("update failed")
                 self._trouble = f"{self.position()}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 return {}, {}, {}
+
+    def _one_skips(self, skips: bool) -> bool:
+        """Whether any Learner skips this update. The others would wait for its gradients for ever."""
+        if self.config.num_learners < 2:
+            return skips
+        flag = torch.tensor(float(skips), device=self._device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag)
 
     @override(Learner)
     def compute_gradients(self, loss_per_module: dict[str, torch.Tensor], **kwargs: Any) -> ParamDict:
@@ -311,11 +353,13 @@ class ProgressiveLearnerMixin(Learner):
 
     @override(Learner)
     def before_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
-        super().before_gradient_based_update(timesteps=self._task_timesteps(timesteps))
+        with self._growth_lock:
+            super().before_gradient_based_update(timesteps=self._task_timesteps(timesteps))
 
     @override(Learner)
     def after_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
-        super().after_gradient_based_update(timesteps=self._task_timesteps(timesteps))
+        with self._growth_lock:
+            super().after_gradient_based_update(timesteps=self._task_timesteps(timesteps))
 
     # -- state ---------------------------------------------------------------------------------------------------
 

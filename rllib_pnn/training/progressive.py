@@ -39,7 +39,7 @@ from rllib_pnn.training.array_connectors import use_array_pipeline
 from rllib_pnn.training.callback import ProgressiveCallback
 from rllib_pnn.training.env_runner import ArrayEnvRunner
 from rllib_pnn.training.evaluation import make_vector_env
-from rllib_pnn.training.learner import progressive_learner_class
+from rllib_pnn.training.learner import ThenTaskIndex, progressive_learner_class
 from rllib_pnn.training.rl_module import (
     ARCHITECTURES,
     MODEL_CONFIG_KEY,
@@ -170,6 +170,13 @@ def make_progressive(
     )
     if isinstance(config, PPOConfig | IMPALAConfig) and config.add_default_connectors_to_learner_pipeline:
         use_array_pipeline(progressive)
+    if config.num_aggregator_actors_per_learner and not isinstance(progressive._learner_connector, ThenTaskIndex):
+        if progressive._learner_connector is None:
+            raise ValueError(
+                "config: `add_default_connectors_to_learner_pipeline` is False and there is no `learner_connector`, so "
+                "that nothing makes the batches"
+            )
+        progressive.learners(learner_connector=ThenTaskIndex(progressive._learner_connector))
     learner_class: Any = progressive.learner_class
     progressive.learners(learner_class=progressive_learner_class(learner_class))
     env_runner_class: Any = _env_runner_class(config)

@@ -19,9 +19,9 @@ class Task:
     Args:
         name: unique in the sequence; names the task's column, metrics and files.
         env_config: what sets this task's environment apart, merged over the algorithm's own `env_config`.
-        until: `{"episode_return_mean": r, "num_env_steps": n}`, either or both: the task ends when its episodes of
-            the last window (`metrics_num_episodes_for_smoothing`) return r on average, or after n environment steps
-            on this task, whichever comes first. Empty: the task never ends by itself.
+        until: `{"episode_return_mean": r, "num_env_steps": n}`, either or both: the task ends when its last episodes
+            (`metrics_num_episodes_for_smoothing` of them, or as many as there are from 10 on) return r on average, or
+            after n environment steps on this task, whichever comes first. Empty: the task never ends by itself.
 
     Raises:
         ValueError: one line with the key and the mend.
