@@ -19,7 +19,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
-vizdoom = pytest.importorskip("vizdoom", reason='needs ViZDoom: pip install "rllib_pnn[labyrinth]"')
+vizdoom = pytest.importorskip("vizdoom", reason="needs ViZDoom")
 
 from rllib_pnn.envs import labyrinth_guard, labyrinth_levels  # noqa: E402
 from rllib_pnn.envs.labyrinth import ACTIONS, LabyrinthEnv, LabyrinthVectorEnv  # noqa: E402
@@ -364,7 +364,7 @@ def test_without_vizdoom_the_mend_is_named() -> None:
         "except Exception as e: print(type(e).__name__, e)"
     )
     assert run_python(code) == (
-        'DependencyNotInstalled the labyrinth needs ViZDoom: pip install "rllib_pnn[labyrinth]"'
+        'DependencyNotInstalled the labyrinth needs ViZDoom: pip install "vizdoom>=1.3,<1.4"'
     )
 
 

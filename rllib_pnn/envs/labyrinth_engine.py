@@ -23,7 +23,7 @@ from rllib_pnn.envs import labyrinth_guard, labyrinth_levels
 try:
     import vizdoom
 except ImportError as error:
-    raise DependencyNotInstalled('the labyrinth needs ViZDoom: pip install "rllib_pnn[labyrinth]"') from error
+    raise DependencyNotInstalled('the labyrinth needs ViZDoom: pip install "vizdoom>=1.3,<1.4"') from error
 
 FRAME_SIZE = (160, 120)  # width, height of what the engine draws: its smallest, every larger one is slower
 RENDER_SIZE = (640, 480)

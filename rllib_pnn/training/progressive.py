@@ -214,7 +214,7 @@ def _check_config(config: AlgorithmConfig) -> None:
     if not (config.enable_rl_module_and_learner and config.enable_env_runner_and_connector_v2):
         raise ValueError(
             "config: the old API stack is switched on; remove the call of `config.api_stack(...)`, or use the model "
-            "'progressive' of the ModelCatalog (see the README)"
+            "'progressive' of the ModelCatalog (see rllib_pnn/training/model_v2.py)"
         )
     if not isinstance(config, PPOConfig | IMPALAConfig | A3CConfig):
         raise ValueError(f"config: expected PPO, APPO, IMPALA or A3C, got {type(config).__name__}")
