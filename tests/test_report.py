@@ -153,6 +153,15 @@ def test_options_reach_the_scores(runs, tmp_path):
     assert re.search(r"Progressive, 2 columns 143", text)  # 30 / 21
 
 
+def test_an_iqm_that_does_not_exist_is_a_dash(tmp_path):
+    for seed, level in enumerate((-35, -15)):
+        write_run(tmp_path / f"s{seed}", {"zoom": flat(level)}, architecture="scratch", seed=seed)
+    write_run(tmp_path / "p", {"zoom": flat(-9)}, source_tasks=["pong"])
+    write_report([tmp_path], tmp_path / "report.html", top=1)
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert re.search(r"Progressive, 2 columns 200 200 – 1 1", text) and "nan" not in text
+
+
 def test_damaged_analyses_are_notes(runs, tmp_path):
     folder = runs / "chain" / "analysis" / "column_001"
     folder.mkdir(parents=True)
