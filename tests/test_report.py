@@ -112,6 +112,14 @@ def test_the_report_says_what_was_computed(runs, tmp_path):
     assert data["tables"][0]["rows"][1]["mean"][0] == pytest.approx(100 * 20 / 10.5)
 
 
+def test_the_last_return_is_that_of_the_last_episodes(tmp_path):
+    points = [(300, -20, 2), (600, -18, 2), (910, -18, 0)]
+    write_run(tmp_path / "a", {"pong": points}, until={"episode_return_mean": 18, "num_env_steps": 900})
+    write_report([tmp_path], tmp_path / "report.html")
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "910 -18.00 ended by its steps" in text
+
+
 def test_names_are_escaped(tmp_path):
     evil = "<script>alert(1)</script>"
     write_run(tmp_path / "x&y<b>", {evil: flat(-3), "b\"'": flat(2)}, source_tasks=["<img src=x>"])

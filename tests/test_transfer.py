@@ -194,6 +194,19 @@ def test_the_end_of_a_task_is_known_before_the_end_of_the_run(tmp_path):
     assert not run.tasks[0].finished
 
 
+def test_steps_in_which_no_episode_ended_count(tmp_path):
+    until = {"episode_return_mean": 18, "num_env_steps": 900}
+    points = [(300, -20, 2), (600, -18, 2), (910, -18, 0)]
+    (task,) = read_run(write_run(tmp_path / "a", {"pong": points}, until=until)).tasks
+    assert task.finished and not task.ended_by_return
+    assert task.last_step == 910
+    np.testing.assert_allclose(task.steps, [300, 600])
+    # Areas are taken over what the agent learned from, and the run is no shorter than the others.
+    write_run(tmp_path / "b", {"pong": flat(-15, (300, 600, 910))}, until=until)
+    (table,) = transfer_tables(read_runs([tmp_path])[0])
+    assert table.targets[0].grid[-1] == 910 and table.notes == ()
+
+
 def test_an_ordinary_rllib_run_is_one_curve(tmp_path):
     path = write_run(tmp_path / "a", {"pong": flat(5)})
     (path / "experiment.json").write_text('{"name": "plain", "run": "PPO", "env": "CartPole-v1", "progressive": null}')

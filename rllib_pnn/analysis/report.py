@@ -424,7 +424,7 @@ def _statistic(interval: Interval) -> dict[str, str]:
 
 def _last_return(task: TaskRun) -> str:
     """Over the last twentieth of the steps, for single iterations are few episodes."""
-    late = task.steps >= 0.95 * task.last_step
+    late = task.steps >= 0.95 * task.steps[-1]
     return f"{task.return_sums[late].sum() / task.episodes[late].sum():.2f}"
 
 
