@@ -220,7 +220,9 @@ def test_spaces_that_do_not_fit_are_named():
 @pytest.mark.parametrize("space", [gym.spaces.Discrete(2, start=1), gym.spaces.MultiDiscrete([2, 3], start=[0, 1])])
 def test_actions_that_do_not_count_from_0_are_refused(space):
     for refused in (lambda: num_outputs_of(space), lambda: make(action_space=space)):
-        with pytest.raises(ValueError, match=r"action space: expected actions that count from 0, got .*start=") as caught:
+        with pytest.raises(
+            ValueError, match=r"action space: expected actions that count from 0, got .*start="
+        ) as caught:
             refused()
         assert "\n" not in str(caught.value)
 
