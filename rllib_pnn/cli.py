@@ -446,10 +446,12 @@ def _table(*headers: str) -> Table:
 
 def _evaluate_auto(folder: RunFolder, store: ColumnStore, episodes: int, seed: int, deterministic: bool) -> None:
     """Every task is played without its name; prints which columns were chosen and how well they did."""
+    import numpy as np
+
     from rllib_pnn.analysis.analyze import task_name
     from rllib_pnn.registration import register
     from rllib_pnn.training.evaluation import evaluate_column, evaluate_recognised
-    from rllib_pnn.training.recognition import KEY, Recogniser, Statistics, confused_pairs
+    from rllib_pnn.training.recognition import KEY, Recogniser, Statistics, confused_pairs, features_of
 
     register()
     experiment, entries, network = folder.experiment, store.entries, store.load()
@@ -460,6 +462,7 @@ def _evaluate_auto(folder: RunFolder, store: ColumnStore, episodes: int, seed: i
     if len(known) < 2:
         raise InputError(f"--task auto: {store.path} holds {len(known)} column of a known task, expected at least two")
     console = _console()
+    size = features_of(np.zeros((1, *network.given_observation_shape)), network.channels_last_input).shape[1]
     statistics: dict[str, Statistics] = {}
     measured = []
     for name, k in known.items():
@@ -468,7 +471,9 @@ def _evaluate_auto(folder: RunFolder, store: ColumnStore, episodes: int, seed: i
                 statistics[name] = Statistics.from_json(entries[k].extra[KEY])
             except ValueError as error:
                 raise InputError(f"{store.path}: column {k}: extra.{KEY}: {error}") from None
-            continue
+            # Stores of earlier versions have statistics of the wrong part of (H, W, C) images.
+            if len(statistics[name].mean) == size:
+                continue
         measured.append(str(k))
         with console.status(f"{name}: column {k} shows what its task looks like"):
             seen = evaluate_column(
@@ -485,7 +490,8 @@ def _evaluate_auto(folder: RunFolder, store: ColumnStore, episodes: int, seed: i
         statistics[name] = found
     if measured:
         console.print(
-            f"the store says nothing on the first observations of column {', '.join(measured)}: measured just now",
+            f"the store says nothing that fits on the first observations of column {', '.join(measured)}: "
+            "measured just now",
             soft_wrap=True,
         )
     try:

@@ -152,7 +152,17 @@ def test_tasks_that_look_alike_are_said_to(rllib, folder: Path) -> None:
     assert "plain and flipped can't be told apart by their first observations" in out
 
 
-@pytest.mark.parametrize("wrong", [{"count": 9, "mean": "0 0"}, {"count": 9, "mean": "0 0", "std": "1 1"}, "nothing"])
+def test_statistics_of_other_observations_are_measured_anew(rllib, folder: Path) -> None:
+    stored = soup_run(folder)
+    manifest = stored / "columns" / "manifest.json"
+    data = json.loads(manifest.read_text())
+    data["columns"][0]["extra"]["first_observations"] = {"count": 9, "mean": "0 0", "std": "1 1"}
+    manifest.write_text(json.dumps(data))
+    code, out, _ = rllib("evaluate", stored, "--task", "auto", "--episodes", 2)
+    assert code == 0 and "column 0, 1: measured just now" in out and "right in 4 of 4 episodes" in out
+
+
+@pytest.mark.parametrize("wrong", [{"count": 9, "mean": "0 0"}, {"count": 9, "mean": "0 0", "std": "1"}, "nothing"])
 def test_damaged_statistics_of_observations(wrong: Any, rllib, folder: Path) -> None:
     stored = soup_run(folder)
     manifest = stored / "columns" / "manifest.json"

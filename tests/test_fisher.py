@@ -2,12 +2,13 @@
 
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 from rllib_pnn.analysis.fisher import average_fisher_sensitivity
-from rllib_pnn.analysis.rollouts import Rollout, play, sample_actions
+from rllib_pnn.analysis.rollouts import Rollout, _within, play, sample_actions
 from rllib_pnn.analysis.sensitivity import Sensitivity, feature_shares, layer_shares
 from rllib_pnn.network import ProgressiveNetwork
 
@@ -325,3 +326,10 @@ def test_environments_that_do_not_fit_are_one_line():
         play(network, "NoSuchEnv-v0")
     with pytest.raises(ValueError, match="can't be made"):
         play(network, "CartPole-v1", {"nonsense": 1})
+
+
+@pytest.mark.parametrize(("normalize", "low"), [(True, -1.5), (False, -0.5)])
+def test_box_actions_are_scaled_if_the_policy_was_trained_so(normalize, low):
+    space = gym.spaces.Box(np.array([-2.0], np.float32), np.array([0.0], np.float32))
+    given = np.array([[-0.5], [3.0], [-9.0]], np.float32)
+    np.testing.assert_allclose(_within(given, space, normalize), [[low], [0], [-2]])

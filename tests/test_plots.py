@@ -51,6 +51,23 @@ def test_many_runs_become_a_band(tmp_path):
     assert len(axis.lines) == 2 and len(axis.collections) == 1
 
 
+@pytest.mark.parametrize(
+    ("env", "key", "targets", "shared"),
+    [
+        ("PongSoup", "variant", ("zoom", "noisy"), True),
+        ("Atari", "game", ("hero", "robotank"), False),
+        ("Labyrinth", "level", ("track_1", "avoid_1"), False),  # floors are not known
+    ],
+)
+def test_targets_of_one_floor_share_the_y_axis(tmp_path, env, key, targets, shared):
+    configs = {target: {key: target} for target in targets}
+    curves = {targets[0]: flat(2000), targets[1]: flat(2)}
+    write_run(tmp_path / "a", curves, env=f"rllib_pnn/{env}-v0", env_configs=configs, architecture="scratch")
+    first, second = plots.plot_learning_curves(transfer_tables(read_runs([tmp_path])[0])[0]).axes
+    assert first.get_shared_y_axes().joined(first, second) == shared
+    assert (second.get_ylim()[1] > 1000) == shared
+
+
 def test_transfer_table_shows_ours_and_the_papers(table):
     (axis,) = plots.plot_transfer_table(table).axes
     single = [line for line in axis.lines if len(line.get_xdata()) == 1]
@@ -63,6 +80,16 @@ def test_transfer_matrix_shows_the_scores(table):
     figure = plots.plot_transfer_matrix(table)
     assert f"{table.row('progressive_2').mean.value:.0f}" in texts(figure)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["pong"]
+
+
+@pytest.mark.parametrize("name", ["zoom", "wizard_of_wor", "a_target_with_a_long_name"])
+def test_the_bars_label_fits_beside_a_single_row(tmp_path, name):
+    write_run(tmp_path / "s", {name: flat(-11)}, architecture="scratch")
+    write_run(tmp_path / "p", {name: flat(-1)}, source_tasks=["pong"])
+    figure = plots.plot_transfer_matrix(transfer_tables(read_runs([tmp_path])[0])[0])
+    plots.png(figure)
+    label = figure.axes[-1].yaxis.label.get_window_extent()
+    assert label.y0 > 0 and label.y1 < figure.bbox.height
 
 
 def test_a_suite_without_scores_is_refused_in_one_line(tmp_path):

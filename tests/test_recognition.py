@@ -50,6 +50,60 @@ def test_frames_are_pooled_and_vectors_are_not() -> None:
     assert features_of(np.zeros((2, 1, 7, 5), np.uint8)).shape == (2, 35)
 
 
+def test_frames_whose_channels_come_last() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 84, 84, 3), dtype=np.uint8)
+    features = features_of(images, channels_last=True)
+    assert features.shape == (2, 441)
+    assert np.array_equal(features, features_of(images.transpose(0, 3, 1, 2)))
+    blackened = images.copy()
+    blackened[:, :42] = 0
+    assert not np.array_equal(features_of(blackened, channels_last=True), features)
+
+
+class RoomEnv(gym.Env):
+    """Six steps in a room of (H, W, C) pixels whose ceiling is light or dark; all else is noise."""
+
+    observation_space = gym.spaces.Box(0, 255, (30, 30, 3), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, light: bool) -> None:
+        self.light = light
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action: int) -> tuple:
+        self.steps += 1
+        return self._observe(), 0.0, self.steps == 6, False, {}
+
+    def _observe(self) -> np.ndarray:
+        frame = self.np_random.integers(0, 100, (30, 30, 3), dtype=np.uint8)
+        frame[:10] += 150 * self.light
+        return frame
+
+
+def test_tasks_that_differ_in_the_upper_half_of_their_channels_last_images() -> None:
+    if "rllib_pnn_test/Room-v0" not in gym.registry:
+        gym.register("rllib_pnn_test/Room-v0", entry_point=RoomEnv)
+    network = ProgressiveNetwork((30, 30, 3), 2, [{"conv": [2, 8, 4]}, {"dense": 4}], lateral="none")
+    for _ in range(2):
+        network.add_column()
+    network.freeze()
+    rooms = [{"light": False}, {"light": True}]
+    statistics = []
+    for k, room in enumerate(rooms):
+        seen = evaluate_column(network, "rllib_pnn_test/Room-v0", room, column=k, num_episodes=2).first_steps
+        statistics.append(seen.statistics())
+    recogniser = Recogniser(statistics, True)
+    for k, room in enumerate(rooms):
+        played = evaluate_recognised(
+            network, "rllib_pnn_test/Room-v0", room, columns=[0, 1], recogniser=recogniser, num_episodes=4, seed=9
+        )
+        assert played.chosen == (k,) * 4
+
+
 def test_moments_by_hand_in_any_parts() -> None:
     values = np.array([[1.0, 10.0], [3.0, 10.0], [5.0, 40.0]])
     actions = np.array([0, 1, 0])

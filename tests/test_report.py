@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,29 @@ from rllib_pnn.analysis.sensitivity import Sensitivity
 from rllib_pnn.network import ColumnStore, ProgressiveNetwork
 
 torch.set_num_threads(1)
+
+
+class TorqueEnv(gym.Env):
+    """Five steps an episode, each of which pays 1; remembers what was sent to it."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Box(-2, 2, (1,), np.float32)
+    sent = []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.np_random.random(3, np.float32), {}
+
+    def step(self, action):
+        self.sent.append(float(action[0]))
+        self.steps += 1
+        return self.np_random.random(3, np.float32), 1.0, self.steps == 5, False, {}
+
+
+TORQUE = "rllib_pnn_test/Torque-v0"
+if TORQUE not in gym.registry:
+    gym.register(TORQUE, entry_point=TorqueEnv)
 
 
 def flat(level):
@@ -112,6 +136,14 @@ def test_the_report_says_what_was_computed(runs, tmp_path):
     assert data["tables"][0]["rows"][1]["mean"][0] == pytest.approx(100 * 20 / 10.5)
 
 
+def test_the_last_return_is_that_of_the_last_episodes(tmp_path):
+    points = [(300, -20, 2), (600, -18, 2), (910, -18, 0)]
+    write_run(tmp_path / "a", {"pong": points}, until={"episode_return_mean": 18, "num_env_steps": 900})
+    write_report([tmp_path], tmp_path / "report.html")
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "910 -18.00 ended by its steps" in text
+
+
 def test_names_are_escaped(tmp_path):
     evil = "<script>alert(1)</script>"
     write_run(tmp_path / "x&y<b>", {evil: flat(-3), "b\"'": flat(2)}, source_tasks=["<img src=x>"])
@@ -151,6 +183,15 @@ def test_options_reach_the_scores(runs, tmp_path):
     assert "The floor is -31, given," in text
     assert "best 1 seeds" in text
     assert re.search(r"Progressive, 2 columns 143", text)  # 30 / 21
+
+
+def test_an_iqm_that_does_not_exist_is_a_dash(tmp_path):
+    for seed, level in enumerate((-35, -15)):
+        write_run(tmp_path / f"s{seed}", {"zoom": flat(level)}, architecture="scratch", seed=seed)
+    write_run(tmp_path / "p", {"zoom": flat(-9)}, source_tasks=["pong"])
+    write_report([tmp_path], tmp_path / "report.html", top=1)
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert re.search(r"Progressive, 2 columns 200 200 – 1 1", text) and "nan" not in text
 
 
 def test_damaged_analyses_are_notes(runs, tmp_path):
@@ -247,6 +288,44 @@ def test_a_damaged_store_names_its_file(cartpole):
     (run / "columns" / "column_001.safetensors").write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"column_001\.safetensors"):
         analyze_run(run)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_run_is_analysed_with_the_actions_that_it_is_evaluated_with(tmp_path, normalize):
+    from rllib_pnn.training.evaluation import evaluate_column
+
+    run = write_run(tmp_path / "torque", {"plain": flat(5), "mirrored": flat(5)}, env=TORQUE, env_configs={})
+    experiment = json.loads((run / "experiment.json").read_text())
+    experiment["config"]["normalize_actions"] = normalize
+    (run / "experiment.json").write_text(json.dumps(experiment))
+    network = ProgressiveNetwork((3,), 2, [{"dense": 4}, {"dense": 4}])
+    store = ColumnStore(run / "columns")
+    for index, task in enumerate(("plain", "mirrored")):
+        network.add_column()
+        with torch.no_grad():
+            for name, parameter in network.columns[index].named_parameters():
+                if name.startswith(("policy", "laterals.policy")):
+                    parameter.zero_()
+            network.columns[index].policy.bias.copy_(torch.tensor([0.5, -4.0]))  # mean, log standard deviation
+        network.freeze()
+        store.save_column(network, index, task=task, env=TORQUE, env_config={})
+
+    def mean_action(act):
+        TorqueEnv.sent.clear()
+        act()
+        return np.mean(TorqueEnv.sent)
+
+    options = {"num_episodes": 4, "num_states": 16}
+    expected = mean_action(
+        lambda: evaluate_column(network, TORQUE, {}, column=1, num_episodes=4, normalize_actions=normalize)
+    )
+    assert expected == pytest.approx(1.0 if normalize else 0.5, abs=0.05)
+    for act in (
+        lambda: analyze_run(run, ["afs"], **options),
+        lambda: analyze_run(run, ["aps"], floor=0, **options),
+        lambda: prune_run(run, **options),
+    ):
+        assert mean_action(act) == pytest.approx(expected, abs=0.05)
 
 
 # -- prune

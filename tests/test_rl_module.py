@@ -217,6 +217,16 @@ def test_spaces_that_do_not_fit_are_named():
         observation_shape_of(gym.spaces.Discrete(3))
 
 
+@pytest.mark.parametrize("space", [gym.spaces.Discrete(2, start=1), gym.spaces.MultiDiscrete([2, 3], start=[0, 1])])
+def test_actions_that_do_not_count_from_0_are_refused(space):
+    for refused in (lambda: num_outputs_of(space), lambda: make(action_space=space)):
+        with pytest.raises(
+            ValueError, match=r"action space: expected actions that count from 0, got .*start="
+        ) as caught:
+            refused()
+        assert "\n" not in str(caught.value)
+
+
 def test_target_network_follows_the_newest_column():
     module = grow(make(ProgressiveTargetRLModule))
     module.make_target_networks()

@@ -194,6 +194,19 @@ def test_the_end_of_a_task_is_known_before_the_end_of_the_run(tmp_path):
     assert not run.tasks[0].finished
 
 
+def test_steps_in_which_no_episode_ended_count(tmp_path):
+    until = {"episode_return_mean": 18, "num_env_steps": 900}
+    points = [(300, -20, 2), (600, -18, 2), (910, -18, 0)]
+    (task,) = read_run(write_run(tmp_path / "a", {"pong": points}, until=until)).tasks
+    assert task.finished and not task.ended_by_return
+    assert task.last_step == 910
+    np.testing.assert_allclose(task.steps, [300, 600])
+    # Areas are taken over what the agent learned from, and the run is no shorter than the others.
+    write_run(tmp_path / "b", {"pong": flat(-15, (300, 600, 910))}, until=until)
+    (table,) = transfer_tables(read_runs([tmp_path])[0])
+    assert table.targets[0].grid[-1] == 910 and table.notes == ()
+
+
 def test_an_ordinary_rllib_run_is_one_curve(tmp_path):
     path = write_run(tmp_path / "a", {"pong": flat(5)})
     (path / "experiment.json").write_text('{"name": "plain", "run": "PPO", "env": "CartPole-v1", "progressive": null}')
@@ -346,6 +359,34 @@ def test_top_seeds_with_all_seeds_beside(experiment):
     cell = next(c for c in table.row("progressive_2").cells if c.target == "h_flip")
     assert cell.score.value == pytest.approx(100 * 21 / 11)
     assert len(cell.seed_scores) == 2
+
+
+@pytest.mark.parametrize("top", [1, 2, 3])
+def test_the_iqm_is_over_all_seeds_of_both_sides_whatever_top_is(tmp_path, top):
+    # Areas above -21, alike on both sides: 1, 2, 3, 14, a mean of 5. Scores 20, 40, 60, 280, the middle half 40 and 60.
+    for seed, level in enumerate((-20, -19, -18, -7)):
+        write_run(tmp_path / f"s{seed}", {"zoom": flat(level)}, architecture="scratch", seed=seed)
+        write_run(tmp_path / f"p{seed}", {"zoom": flat(level)}, source_tasks=["pong"], seed=seed)
+    runs = read_runs([tmp_path])[0]
+    (every,), (best,) = transfer_tables(runs), transfer_tables(runs, top=top)
+    for row in best.rows:
+        assert row.mean.value == pytest.approx(100)
+        assert row.iqm.value == pytest.approx(50)
+        assert row.iqm == every.row(row.method).iqm
+        assert sorted(row.cells[0].seed_scores) == pytest.approx([20, 40, 60, 280])
+
+
+def test_a_baseline_that_only_its_best_seeds_lift_above_the_floor_gives_no_iqm(tmp_path):
+    atari = {"env": "rllib_pnn/Atari-v0", "env_configs": {"gopher": {"game": "gopher"}}}
+    for seed, level in enumerate((57.6, 157.6, 267.6)):  # -200, -100 and 10 from the floor
+        write_run(tmp_path / f"s{seed}", {"gopher": flat(level)}, architecture="scratch", seed=seed, **atari)
+    write_run(tmp_path / "p", {"gopher": flat(277.6)}, source_tasks=["pong"], **atari)
+    (table,) = transfer_tables(read_runs([tmp_path])[0], top=1)
+    row = table.row("progressive_2")
+    assert row.mean.value == pytest.approx(200)
+    assert np.isnan(row.iqm).all() and row.cells[0].seed_scores == () and row.num_seeds == 1
+    assert any("gopher: not in the IQM" in note for note in table.notes)
+    json.dumps(table.to_json(), allow_nan=False)
 
 
 def test_floor_can_be_given(experiment):

@@ -18,7 +18,7 @@ from rllib_pnn.analysis.fisher import average_fisher_sensitivity
 from rllib_pnn.analysis.perturbation import average_perturbation_sensitivity
 from rllib_pnn.analysis.prune import prune_laterals
 from rllib_pnn.analysis.rollouts import Rollout, column_index, column_of, play
-from rllib_pnn.analysis.runs import read_experiment, read_json
+from rllib_pnn.analysis.runs import EXPERIMENT_FILE, read_experiment, read_json
 from rllib_pnn.analysis.sensitivity import METHODS, Sensitivity, agreement
 from rllib_pnn.analysis.transfer import known_floor
 from rllib_pnn.files import write_whole
@@ -101,6 +101,7 @@ def analyze_run(
             num_states=num_states,
             seed=seed,
             num_envs=num_envs,
+            normalize_actions=subject.normalize_actions,
             tasks=subject.tasks,
             map=map,
         )
@@ -170,6 +171,7 @@ def prune_run(
             num_episodes=num_episodes,
             seed=seed + 1,
             num_envs=num_envs,
+            normalize_actions=subject.normalize_actions,
         ).returns
         for network in (subject.network, pruning.network)
     )
@@ -249,6 +251,7 @@ class _Subject:
     env_config: dict[str, Any]
     tasks: tuple[str, ...]
     entries: tuple[Any, ...]
+    normalize_actions: bool
 
     def play(self, num_episodes: int, seed: int, num_states: int, num_envs: int | None) -> Rollout:
         return play(
@@ -260,6 +263,7 @@ class _Subject:
             num_states=num_states,
             seed=seed,
             num_envs=num_envs,
+            normalize_actions=self.normalize_actions,
         )
 
 
@@ -287,7 +291,15 @@ def _subject(run: Path, column: int | str) -> _Subject:
             f"{run}: column {k} ({names[k]}): its environment {env!r} names a module, which making it would import; "
             "expected the id of a registered environment"
         )
-    return _Subject(network, k, env, dict(entry.env_config), names[: k + 1], tuple(entries))
+    return _Subject(network, k, env, dict(entry.env_config), names[: k + 1], tuple(entries), _normalizes_actions(run))
+
+
+def _normalizes_actions(run: Path) -> bool:
+    """RLlib's setting of that name as the run has it; its default where there are columns without an experiment."""
+    if not (run / EXPERIMENT_FILE).exists():
+        return True
+    config = read_experiment(run).get("config") or {}
+    return bool(config.get("normalize_actions", True)) if isinstance(config, dict) else True
 
 
 def task_name(task: str, extra: dict[str, Any]) -> str:

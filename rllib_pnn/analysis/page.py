@@ -76,7 +76,8 @@ curve{{ '' if num_curves == 1 else 's' }}. Written {{ written }} with rllib_pnn 
 {{ floor.value }}, {{ floor.why }}, for {{ floor.targets }}{{ '; ' if not loop.last else '.' }}
 {% endfor %}
 {% if suite.top %}
-Scores are those of the best {{ suite.top }} seeds of each cell; the IQM and the table of all cells show every seed.
+Scores are those of the best {{ suite.top }} seeds of each cell, of scratch's too; the IQM and the seeds in the table of
+all cells are every seed, measured by all seeds of scratch.
 {% else %}
 Every seed counts.
 {% endif %}

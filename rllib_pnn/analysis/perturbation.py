@@ -61,6 +61,7 @@ def average_perturbation_sensitivity(
     highest: float = HIGHEST_NOISE,
     tolerance: float = 0.1,
     num_envs: int | None = None,
+    normalize_actions: bool = True,
     tasks: Sequence[str] = (),
     map: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
 ) -> Sensitivity:
@@ -78,6 +79,7 @@ def average_perturbation_sensitivity(
         lowest, highest: the search for sigma, in standard deviations of the activations.
         tolerance: relative width of the interval in which the search for sigma ends.
         num_envs: environments side by side; None takes one an episode, 16 at most.
+        normalize_actions: see `play`.
         tasks: names of the tasks of the columns, for the pictures.
         map: applies a function to a list; layers and columns are searched independently, so a parallel map (Ray,
             multiprocessing) gives the same result. Function and items can be pickled.
@@ -90,7 +92,9 @@ def average_perturbation_sensitivity(
         raise ValueError(f"drop: expected a share between 0 and 1, got {drop}")
     if not 0 < lowest < highest or not tolerance > 0:
         raise ValueError(f"expected 0 < lowest ({lowest}) < highest ({highest}) and tolerance ({tolerance}) above 0")
-    play_it = partial(play, network, env, env_config, column=k, seed=seed, num_envs=num_envs)
+    play_it = partial(
+        play, network, env, env_config, column=k, seed=seed, num_envs=num_envs, normalize_actions=normalize_actions
+    )
     undisturbed = play_it(num_episodes=num_episodes, num_states=num_states)
     score = float(undisturbed.returns.mean())
     if not score > floor:
@@ -106,6 +110,7 @@ def average_perturbation_sensitivity(
             k,
             num_episodes,
             num_envs,
+            normalize_actions,
             seed,
             floor + (1 - drop) * (score - floor),
             (lowest, highest, tolerance),
@@ -221,6 +226,7 @@ class _Search:
     column: int
     num_episodes: int
     num_envs: int | None
+    normalize_actions: bool
     seed: int
     threshold: float
     bounds: tuple[float, float, float]
@@ -246,6 +252,7 @@ class _Search:
             seed=self.seed,
             num_envs=self.num_envs,
             transform=disturb,
+            normalize_actions=self.normalize_actions,
         )
         return float(rollout.returns.mean())
 

@@ -74,12 +74,17 @@ def png(figure: Figure) -> bytes:
 
 
 def plot_learning_curves(table: TransferTable) -> Figure:
-    """One panel a target: every run thin, the mean of each method (over sources and seeds) thick."""
+    """One panel a target: every run thin, the mean of each method (over sources and seeds) thick.
+
+    Targets of one floor share the y axis; different ones are games whose returns have nothing in common.
+    """
     columns = min(3, len(table.targets))
     rows = math.ceil(len(table.targets) / columns)
     figure = Figure(figsize=(max(6.0, 4.4 * columns), 3.2 * rows + 0.9), layout="constrained")
     figure.set_layout_engine("constrained", w_pad=0.12)
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    floors = {target.floor.value if target.floor else None for target in table.targets}
+    alike = len(floors) == 1 and None not in floors
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=alike)
     methods: dict[str, Any] = {}
     for axis, target in zip(axes.flat, table.targets, strict=False):
         methods |= _draw_target(axis, target)
@@ -141,9 +146,11 @@ def plot_transfer_matrix(table: TransferTable) -> Figure:
     lines = math.ceil(len(rows) / columns)
     deepest = max(len(sources) for sources, _, _ in matrices)
     widest = max(len(targets) for _, targets, _ in matrices)
-    slanted = max(len(name) for _, targets, _ in matrices for name in targets) > 7
+    longest = max(len(name) for _, targets, _ in matrices for name in targets)
+    slanted = longest > 7
     colours = colormaps["BrBG"]
-    size = (max(1.2 + 0.6 * widest, 2.4) * columns + 1.1, (1.1 + 0.55 * deepest) * lines + 0.6)
+    below = 0.045 * max(0, longest - 10)  # what slanted names take from the matrix above them
+    size = (max(1.2 + 0.6 * widest, 2.4) * columns + 1.1, (1.1 + 0.55 * deepest + below) * lines + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     for axis, row, (sources, targets, scores) in zip(axes.flat, rows, matrices, strict=False):
@@ -164,7 +171,7 @@ def plot_transfer_matrix(table: TransferTable) -> Figure:
     figure.supxlabel("target", fontsize=10)
     figure.supylabel("source", fontsize=10)
     bar = figure.colorbar(ScalarMappable(norm, "BrBG"), ax=axes, shrink=0.85, aspect=18)
-    bar.set_label("transfer score, % of scratch", fontsize=9)
+    bar.set_label("transfer score,\n% of scratch", fontsize=9)  # two lines fit beside a single row
     bar.ax.set_yscale("linear")
     return figure
 

@@ -249,7 +249,7 @@ def _suite(table: TransferTable, pictures: _Pictures) -> dict[str, Any]:
                 "target": cell.target,
                 "score": _statistic(cell.score),
                 "mean_return": f"{cell.mean_return:.2f}",
-                "seeds": ", ".join(f"{score:.0f}" for score in sorted(cell.seed_scores, reverse=True)),
+                "seeds": ", ".join(f"{score:.0f}" for score in sorted(cell.seed_scores, reverse=True)) or DASH,
             }
             for row in table.rows
             for cell in row.cells
@@ -417,14 +417,14 @@ def _plain(value: Any) -> str:
 def _statistic(interval: Interval) -> dict[str, str]:
     known = not math.isnan(interval.low)
     return {
-        "value": f"{interval.value:.0f}",
+        "value": DASH if math.isnan(interval.value) else f"{interval.value:.0f}",
         "interval": f"[{interval.low:.0f}, {interval.high:.0f}]" if known else "",
     }
 
 
 def _last_return(task: TaskRun) -> str:
     """Over the last twentieth of the steps, for single iterations are few episodes."""
-    late = task.steps >= 0.95 * task.last_step
+    late = task.steps >= 0.95 * task.steps[-1]
     return f"{task.return_sums[late].sum() / task.episodes[late].sum():.2f}"
 
 

@@ -78,6 +78,7 @@ def play(
     seed: int = 0,
     num_envs: int | None = None,
     transform: Transform | None = None,
+    normalize_actions: bool = True,
 ) -> Rollout:
     """Plays episodes with actions sampled from the policy; the same seed gives the same rollout.
 
@@ -91,6 +92,7 @@ def play(
             networks keep whole sequences of `sequence_length` steps, `num_states` steps in all.
         num_envs: environments side by side; None takes one an episode, 16 at most.
         transform: replaces activations (see `ProgressiveNetwork.forward`).
+        normalize_actions: Box policies act in [-1, 1], scaled to the space (RLlib's default).
 
     Raises:
         ValueError: the environment can't be made, or the network was made for another one.
@@ -105,7 +107,9 @@ def play(
         actions = discrete_actions(network, envs, env)
         chunk = sequence_length if network.is_recurrent else 1
         kept = _Reservoir(num_states // chunk, np.random.default_rng(seed))
-        returns, lengths = _play(network, envs, actions, column, num_episodes, chunk, kept, seed, transform)
+        returns, lengths = _play(
+            network, envs, actions, column, num_episodes, chunk, kept, seed, transform, normalize_actions
+        )
         return _rollout(returns, lengths, kept.items, network.is_recurrent, actions is None)
     finally:
         envs.close()
@@ -156,9 +160,9 @@ class Moments:
         return (square / count - (total / count).square()).clamp_min(0)
 
 
-def _unsquash(actions: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
-    """[-1, 1] -> a bounded Box, as RLlib's `normalize_actions` (its default) does; unbounded ones as they are."""
-    if not space.is_bounded() or not np.issubdtype(space.dtype, np.floating):
+def _within(actions: np.ndarray, space: gym.spaces.Box, normalize: bool) -> np.ndarray:
+    """[-1, 1] -> a bounded Box, as RLlib's `normalize_actions` does; else, and for unbounded ones, clipped alone."""
+    if not normalize or not space.is_bounded() or not np.issubdtype(space.dtype, np.floating):
         return actions.astype(space.dtype).clip(space.low, space.high)
     return (space.low + (actions + 1) * (space.high - space.low) / 2).clip(space.low, space.high)
 
@@ -190,6 +194,7 @@ def _play(
     kept: _Reservoir,
     seed: int,
     transform: Transform | None,
+    normalize_actions: bool,
 ) -> tuple[list[float], list[int]]:
     n = envs.num_envs
     recurrent = network.is_recurrent
@@ -226,7 +231,7 @@ def _play(
         chosen = sample_actions(output.logits.reshape(n, -1), actions, generator).cpu().numpy()
         space = envs.single_action_space
         if isinstance(space, gym.spaces.Box):
-            chosen = _unsquash(chosen.reshape(n, *space.shape), space)
+            chosen = _within(chosen.reshape(n, *space.shape), space, normalize_actions)
         elif isinstance(space, gym.spaces.Discrete):
             chosen = chosen + space.start
         obs, rewards, terminated, truncated, infos = envs.step(chosen)

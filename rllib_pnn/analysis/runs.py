@@ -44,7 +44,7 @@ class RunError(ValueError):
 class TaskRun:
     """One task of one run: the rows of its learning curve and what trained it.
 
-    The arrays have one entry a training iteration, N in all, in the order of `steps`.
+    The arrays have one entry a training iteration in which an episode ended, N in all, in the order of `steps`.
     """
 
     run: Path
@@ -77,10 +77,13 @@ class TaskRun:
     """Hyper-parameters that were drawn for it."""
     top: int | None = None
     """How many jobs of a cell its experiment file wants scored."""
+    steps_spent: float | None = None
+    """Agent steps spent on this task in all, later iterations without an ended episode too; None: the last of `steps`.
+    """
 
     @property
     def last_step(self) -> float:
-        return float(self.steps[-1])
+        return float(self.steps[-1]) if self.steps_spent is None else self.steps_spent
 
     @property
     def ended_by_return(self) -> bool:
@@ -447,6 +450,7 @@ def _task_run(
         is_source=trial.get("role") == "source",
         searched=_section(trial, "searched", path / EXPERIMENT_FILE, "trial."),
         top=top if isinstance(top, int) and not isinstance(top, bool) and top > 0 else None,
+        steps_spent=float(steps[np.isfinite(steps)][-1]),
     )
 
 

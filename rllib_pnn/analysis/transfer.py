@@ -197,8 +197,8 @@ def transfer_interval(
     value = transfer_score(target_curves, baseline_curves, floor=floor, top=top)
     areas = {"": area_under_curve(np.atleast_2d(target_curves), floor)}
     baselines = {"": area_under_curve(np.atleast_2d(baseline_curves), floor)}
-    drawn, base = _resample(areas, baselines, top, num_resamples, seed)
-    return _interval(value, 100 * _seed_mean(drawn[""], top) / np.where(base[""] > 0, base[""], np.nan), confidence)
+    drawn, base = _resample(areas, baselines, num_resamples, seed)
+    return _interval(value, 100 * _seed_mean(drawn[""], top) / _above_floor(_seed_mean(base[""], top)), confidence)
 
 
 def interquartile_mean(scores: Any) -> float:
@@ -295,7 +295,7 @@ class Cell:
     target: str
     score: Interval
     seed_scores: tuple[float, ...]
-    """Score of every seed against the baseline's mean, best and worst ones too whatever `top` is."""
+    """Score of every seed against the mean of all the baseline's, whatever `top` is; empty if that is at the floor."""
     seeds: tuple[int | None, ...]
     mean_return: float
     """Average return per episode over the curve, unclipped and without the floor taken off."""
@@ -320,6 +320,7 @@ class MethodRow:
     mean: Interval
     median: Interval
     iqm: Interval
+    """Over `Cell.seed_scores`, so that it does not depend on `top`; NaN if all of them are empty."""
     paper: tuple[float, float] | None
     """The paper's (mean, median), None where it has none."""
 
@@ -329,7 +330,7 @@ class MethodRow:
 
     @property
     def num_seeds(self) -> int:
-        return sum(len(cell.seed_scores) for cell in self.cells)
+        return sum(len(cell.seeds) for cell in self.cells)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -529,6 +530,11 @@ def _method_rows(
         if _seed_mean(areas, top) <= 0:
             notes.append(f"{target.target}: no score: scratch stays at or below the floor of {target.floor.value:g}")
             continue
+        if areas.mean() <= 0:
+            notes.append(
+                f"{target.target}: not in the IQM: all scratch runs together stay at or below the floor of "
+                f"{target.floor.value:g}"
+            )
         baselines[target.target] = areas
 
     # (method, source, target) -> (S,) areas above the floor
@@ -563,12 +569,14 @@ def _method_row(
     seed: int,
 ) -> MethodRow:
     used = {target: baselines[target] for _, target in areas_of}
-    drawn, base = _resample(areas_of, used, top, num_resamples, seed)
+    drawn, drawn_base = _resample(areas_of, used, num_resamples, seed)
     if method == "scratch":
         # 100 by definition; the interval shows the spread of its own seeds, which drawing both sides would double.
-        base = {target: np.full(num_resamples, _seed_mean(areas, top)) for target, areas in used.items()}
-    base = {target: np.where(areas > 0, areas, np.nan) for target, areas in base.items()}
+        drawn_base = {target: np.tile(areas, (num_resamples, 1)) for target, areas in used.items()}
+    base = {target: _above_floor(_seed_mean(areas, top)) for target, areas in drawn_base.items()}
     draws = {cell: 100 * _seed_mean(areas, top) / base[cell[1]] for cell, areas in drawn.items()}
+    # The IQM is over every seed of every cell on both sides, whatever `top` is: choosing runs first would defeat it.
+    every = {target: float(areas.mean()) for target, areas in used.items() if areas.mean() > 0}
     cells = []
     for (source, target), areas in areas_of.items():
         baseline = _seed_mean(baselines[target], top)
@@ -577,15 +585,18 @@ def _method_row(
                 source,
                 target,
                 _interval(_ratio(_seed_mean(areas, top), baseline), draws[source, target], confidence),
-                tuple(float(100 * area / baseline) for area in areas),
+                tuple(float(100 * area / every[target]) for area in areas) if target in every else (),
                 tuple(run.seed for run in runs_of[method, source, target]),
                 float(areas.mean() + floors[target]),
             )
         )
     scores = [cell.score.value for cell in cells]
     all_draws = np.stack(list(draws.values()))
-    # The IQM is over every seed of every cell, whatever `top` is: choosing runs first would defeat it.
-    pooled = np.concatenate([100 * areas / base[target][:, None] for (_, target), areas in drawn.items()], axis=1)
+    pooled = [
+        100 * areas / _above_floor(drawn_base[target].mean(axis=1))[:, None]
+        for (_, target), areas in drawn.items()
+        if target in every
+    ]
     return MethodRow(
         method,
         tuple(cells),
@@ -593,9 +604,11 @@ def _method_row(
         median=_interval(float(np.median(scores)), np.median(all_draws, axis=0), confidence),
         iqm=_interval(
             interquartile_mean([score for cell in cells for score in cell.seed_scores]),
-            stats.trim_mean(pooled, 0.25, axis=1),
+            stats.trim_mean(np.concatenate(pooled, axis=1), 0.25, axis=1),
             confidence,
-        ),
+        )
+        if pooled
+        else Interval(math.nan, math.nan, math.nan),
         paper=PAPER_TABLE_1.get(suite, {}).get(method),
     )
 
@@ -619,21 +632,26 @@ def _seed_mean(areas: np.ndarray, top: int | None) -> Any:
     return areas.mean(axis=-1)
 
 
+def _above_floor(means: np.ndarray) -> np.ndarray:
+    """NaN where a baseline's mean area is not above the floor, so that no ratio exists."""
+    return np.where(means > 0, means, np.nan)
+
+
 def _draws(areas: np.ndarray, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
     """(S,) -> (R, S) bootstrap samples of the seeds."""
     return areas[rng.integers(len(areas), size=(num_resamples, len(areas)))]
 
 
 def _resample(
-    cells: Mapping[Any, np.ndarray], baselines: Mapping[Any, np.ndarray], top: int | None, num_resamples: int, seed: int
+    cells: Mapping[Any, np.ndarray], baselines: Mapping[Any, np.ndarray], num_resamples: int, seed: int
 ) -> tuple[dict[Any, np.ndarray], dict[Any, np.ndarray]]:
     """Stratified bootstrap: seeds are drawn within each cell, and once within each target's baseline.
 
     Returns:
-        (R, S) areas of each cell, and (R,) mean areas of each baseline.
+        (R, S) areas of each cell, and of each baseline.
     """
     rng = np.random.default_rng(seed)
-    base = {key: _seed_mean(_draws(areas, num_resamples, rng), top) for key, areas in baselines.items()}
+    base = {key: _draws(areas, num_resamples, rng) for key, areas in baselines.items()}
     return {key: _draws(areas, num_resamples, rng) for key, areas in cells.items()}, base
 
 

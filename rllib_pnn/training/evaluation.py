@@ -184,7 +184,7 @@ def evaluate_shard(
         # An environment whose episode ended plays on unheard (whatever its autoreset mode) until all have ended.
         while playing.any():
             if step < FIRST_STEPS:
-                features = features_of(obs)
+                features = features_of(obs, network.channels_last_input)
                 taken = None if actions is None else np.asarray(actions) - int(getattr(space, "start", 0))
                 first_steps.add(
                     features[playing],

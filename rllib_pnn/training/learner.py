@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from ray.rllib.algorithms.impala import IMPALAConfig
 from ray.rllib.algorithms.ppo import PPOConfig
@@ -59,6 +60,22 @@ def task_of(episode: SingleAgentEpisode) -> int | None:
     """The task that `note_task` wrote; None if it was never called."""
     head, _, rest = str(episode.id_).partition("/")
     return int(head.removeprefix("task-")) if rest and head.startswith("task-") else None
+
+
+def free_threads(num_env_runners: int) -> int:
+    """How many torch threads PPO's Learner may use in the algorithm's process, while no EnvRunner works.
+
+    EnvRunners wait for it, so that their cores are free. Without any, an actor (a trial of Tune) takes the CPUs that
+    Ray gave it, for other trials may have the rest; a process of the user's keeps torch's number, which is all cores
+    unless the user said otherwise.
+    """
+    threads = num_env_runners
+    if not num_env_runners:
+        context = ray.get_runtime_context() if ray.is_initialized() else None
+        if context is None or context.get_actor_id() is None:
+            return torch.get_num_threads()
+        threads = int(context.get_assigned_resources().get("CPU", 1))
+    return max(1, min(os.cpu_count() or 1, threads))
 
 
 def total_norm(tensors: Iterable[torch.Tensor]) -> float:
@@ -153,8 +170,7 @@ class ProgressiveLearnerMixin(Learner):
             and isinstance(self.config, PPOConfig)
             and not isinstance(self.config, IMPALAConfig)
         ):
-            # PPO's EnvRunners wait while the Learner in the algorithm's process updates: their cores are free.
-            torch.set_num_threads(max(1, min(os.cpu_count() or 1, self.config.num_env_runners)))
+            torch.set_num_threads(free_threads(self.config.num_env_runners))
         if self._learner_connector is not None:
             self._learner_connector.prepend(DropOldStates())
             self._learner_connector.append(AddTaskIndex())

@@ -32,15 +32,18 @@ TAIL = 3.0  # degrees of freedom of the Student distribution that features are t
 LEAST_PART, LEAST_GREY = 0.02, 1.0
 
 
-def features_of(observations: Any) -> np.ndarray:
+def features_of(observations: Any, channels_last: bool = False) -> np.ndarray:
     """(N, D) of observations (N, ...): an image's newest frame pooled to at most 21 x 21, a vector as it is.
 
-    An image is (C, H, W) and its last channel the newest frame.
+    An image is (C, H, W), or (H, W, C) if told so (`ProgressiveNetwork.channels_last_input`), and its last channel the
+    newest frame.
     """
     batch = np.asarray(observations)
     if batch.ndim < 3:
         return batch.reshape(len(batch), -1).astype(np.float64)
-    frames = (batch[:, -1] if batch.ndim == 4 else batch).astype(np.float64)
+    if batch.ndim == 4:
+        batch = batch[..., -1] if channels_last else batch[:, -1]
+    frames = batch.astype(np.float64)
     for axis in (1, 2):
         size = frames.shape[axis]
         if size > MAX_SIDE:

@@ -37,7 +37,17 @@ _STATE_KEYS = ("h", "c")
 
 
 def num_outputs_of(space: gym.Space) -> int:
-    """Policy outputs for an action space. Raises `ValueError` for spaces without a default distribution here."""
+    """Policy outputs for an action space.
+
+    Raises:
+        ValueError: it has no default distribution here, or counts its actions from another number than 0.
+    """
+    if np.any(getattr(space, "start", 0)):
+        # RLlib's EnvRunners send what the distribution drew, 0 to n - 1, and the environment would play something else.
+        raise ValueError(
+            f"action space: expected actions that count from 0, got {space}: RLlib's policies play 0 to n - 1; shift "
+            "them in the environment, by gymnasium.wrappers.TransformAction for example"
+        )
     if isinstance(space, gym.spaces.Discrete):
         return int(space.n)
     if isinstance(space, gym.spaces.MultiDiscrete) and space.nvec.ndim == 1:
