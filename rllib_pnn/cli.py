@@ -222,11 +222,29 @@ def analyze(
         known = ("afs", "aps", "both")
         raise InputError(f"--method {method}: expected {', '.join(known)}{did_you_mean(method, known)}")
     folder = _one_run(run)
+    prepare_ray(verbose=False)
+    import torch
+
     from rllib_pnn.analysis.analyze import analyze_run
 
+    torch.set_num_threads(1)  # as for `evaluate`: most of it is play
     console = _console()
-    with _input_errors(), console.status(Text(printable(f"{method} of column {column}"))):
-        summary = analyze_run(folder.path, methods, column=_column(column), out=out, num_episodes=episodes, seed=seed)
+    with (
+        _input_errors(),
+        console.status(Text(printable(f"{method} of column {column}"))),
+        contextlib.ExitStack() as stack,
+    ):
+        settings: dict[str, Any] = {}
+        if "aps" in methods:
+            # One search for each layer and column, of some 9 times `episodes` each.
+            from rllib_pnn.experiment.parallel import over_ray
+            from rllib_pnn.experiment.run import ray_session
+
+            stack.enter_context(ray_session(None, verbose=False))
+            settings["map"] = over_ray(lambda done, total: console.print(f"aps: {done} of {total} searches done"))
+        summary = analyze_run(
+            folder.path, methods, column=_column(column), out=out, num_episodes=episodes, seed=seed, **settings
+        )
     console.print(f"column {summary['column']} ({summary['task']}) returns {summary['episode_return_mean']:.2f}")
     for name in methods:
         table = _table(
@@ -250,8 +268,11 @@ def prune(
 ) -> None:
     """Cut the lateral inputs that carry nothing, into a new column store; the run's own stays as it is."""
     folder = _one_run(run)
+    import torch
+
     from rllib_pnn.analysis.analyze import prune_run
 
+    torch.set_num_threads(1)
     console = _console()
     with _input_errors(), console.status(Text(printable(f"pruning column {column}"))):
         summary = prune_run(

@@ -363,9 +363,7 @@ def test_without_vizdoom_the_mend_is_named() -> None:
         "try:\n  import rllib_pnn.envs.labyrinth\n"
         "except Exception as e: print(type(e).__name__, e)"
     )
-    assert run_python(code) == (
-        'DependencyNotInstalled the labyrinth needs ViZDoom: pip install "vizdoom>=1.3,<1.4"'
-    )
+    assert run_python(code) == ('DependencyNotInstalled the labyrinth needs ViZDoom: pip install "vizdoom>=1.3,<1.4"')
 
 
 # --- The vector -----------------------------------------------------------------------------------

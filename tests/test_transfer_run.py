@@ -17,7 +17,7 @@ from rllib_pnn.experiment import run as run_module
 from rllib_pnn.experiment.environment import prepare_ray
 from rllib_pnn.experiment.errors import InputError
 from rllib_pnn.experiment.folder import ResultLog, RunFolder, find_runs
-from rllib_pnn.experiment.run import _ray as connected
+from rllib_pnn.experiment.run import ray_session as connected
 from rllib_pnn.experiment.run import resume, train
 from rllib_pnn.experiment.spec import Plan, load_plans
 from rllib_pnn.network import ColumnStore

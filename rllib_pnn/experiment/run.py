@@ -118,7 +118,7 @@ def train(
         if plan.is_transfer:
             check_transfer(transfer_folder(storage.absolute(), plan), plan)
     plans = [_with_sources(plan) for plan in plans]
-    with _ray(ray_address, verbose):
+    with ray_session(ray_address, verbose):
         configs = [_configs(plan) for plan in plans]
         for plan, config in zip(plans, configs, strict=True):
             if plan.is_transfer:
@@ -153,7 +153,7 @@ def resume(path: Path, *, console: Console, ray_address: str | None = None, verb
             return Outcome(path, [RunFolder(path / name) for name in names])
         if not plan.is_transfer:
             plan = Plan(plan.name, source, unfinished)
-        with _ray(ray_address, verbose):
+        with ray_session(ray_address, verbose):
             outcome = _run(plan, path.absolute(), _configs(plan), console, verbose)
     return replace(outcome, path=path, runs=[RunFolder(path / name) for name in names])
 
@@ -192,8 +192,13 @@ def make_config(
 
 
 @contextlib.contextmanager
-def _ray(address: str | None, verbose: bool) -> Iterator[None]:
-    """Connected to a cluster; one that is there already is used and left as it is."""
+def ray_session(address: str | None, verbose: bool) -> Iterator[None]:
+    """Connected to a cluster; one that is there already is used and left as it is.
+
+    Raises:
+        InputError: no cluster at this address.
+        RunFailed: Ray does not start.
+    """
     if ray.is_initialized():
         register()
         with _quiet(verbose):
