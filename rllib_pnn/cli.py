@@ -282,10 +282,12 @@ def prune(
     before, after = summary["lateral_parameters_before"], summary["lateral_parameters_after"]
     cut = f"{after:,} (-{1 - after / before:.0%})" if before else f"{after:,}"
     table.add_row("lateral parameters", f"{before:,}", cut)
-    returns = (
-        f"{summary[f'return_{when}']:.2f} +- {summary[f'return_{when}_sem']:.2f}" for when in ("before", "after")
-    )
-    table.add_row(f"return over {episodes} episodes", *returns)
+    errors = [summary[f"return_{when}_sem"] for when in ("before", "after")]  # None of a single episode
+    returns = [
+        f"{summary[f'return_{when}']:.2f} +- {'-' if error is None else f'{error:.2f}'}"
+        for when, error in zip(("before", "after"), errors, strict=True)
+    ]
+    table.add_row(f"return over {episodes} episode{'s' if episodes != 1 else ''}", *returns)
     console.print(table)
     console.print(f"wrote {_relative(Path(summary['store']))}", soft_wrap=True)
 

@@ -178,6 +178,11 @@ def test_auto_and_a_column_contradict(rllib, folder: Path) -> None:
     assert code == 2 and "--task auto chooses the column itself" in err
 
 
+def test_a_single_episode_has_no_standard_error(rllib, folder: Path) -> None:
+    code, out, _ = rllib("prune", soup_run(folder), "--column", "flipped", "--episodes", 1)
+    assert code == 0 and re.search(r"^ *return over 1 episode +[0-9.]+ \+- - +[0-9.]+ \+- -\s*$", out, re.M), out
+
+
 def test_examples(rllib) -> None:
     code, out, _ = rllib("example", "list")
     assert code == 0
