@@ -119,6 +119,18 @@ FILES = {
         changed(SOUP, "{variant: flipped}, until: {num_env_steps: 500}", "{variant: flipped}, until: {}"),
         ["bad.yaml:9", "tasks[1].until", "never end"],
     ),
+    "a stop beside tasks": (
+        changed(SOUP, "  config:", "  stop: {num_env_steps: 100}\n  config:"),
+        ["bad.yaml:4: soup.stop: ", "tasks' `until`", "remove stop"],
+    ),
+    "a stop beside trials": (
+        changed(SOUP, "  config:", "  transfer: {sources: [plain], targets: [flipped]}\n  stop: {a: 1}\n  config:"),
+        ["bad.yaml:5: soup.stop: ", "tasks' `until`", "remove stop"],
+    ),
+    "a metric that is misspelt": (
+        changed(CARTPOLE, "num_env_steps: 1000", "episode_reward_meen: 150"),
+        ["bad.yaml:4: cartpole.stop.episode_reward_meen: ", "did you mean 'episode_reward_mean'?"],
+    ),
     "no tasks": (
         SOUP[: SOUP.index("    tasks:")] + "    tasks: []\n",
         ["bad.yaml:7", "progressive.tasks", "at least one"],

@@ -24,7 +24,7 @@ from rllib_pnn.experiment.errors import InputError
 from rllib_pnn.experiment.folder import CheckpointRecord, ResultLog, RunFolder, create_experiment
 from rllib_pnn.experiment.progress import Display, RunProgress
 from rllib_pnn.experiment.run import _ray as connected
-from rllib_pnn.experiment.run import _with_sources, make_config, resume, train
+from rllib_pnn.experiment.run import _StopAt, _with_sources, make_config, resume, train
 from rllib_pnn.experiment.spec import Plan, load_plans
 from rllib_pnn.network import ColumnStore
 from rllib_pnn.registration import register
@@ -223,6 +223,24 @@ def test_ordinary_progress(tmp_path: Path) -> None:
     run = RunProgress("seed_0", plan_of(text, tmp_path).runs["seed_0"])
     run.update({"num_env_steps_sampled_lifetime": 500.0, "env_runners": {"episode_return_mean": 75.0}})
     assert run.line() == "seed_0  500/1,000 steps  - steps/s  return 75.0 (until 150)  ETA -"
+
+
+def test_a_metric_that_no_result_has(tmp_path: Path) -> None:
+    output = io.StringIO()
+    display = Display(Console(file=output, width=200), "a", [])
+    stop = _StopAt(
+        {"reward_mean": 150, "env_runners/episode_return_mean": 150, "num_env_steps": 1e6, "date": 3}, display
+    )
+    for i in range(30):
+        result = {"num_env_steps": i, "date": "today", "env_runners": {"episode_reward_mean": 10.0}}
+        assert not stop("trial", result)
+    first, second, third = output.getvalue().splitlines()
+    assert first.endswith(
+        "none of 10 results has reward_mean, so it ends nothing so far; did you mean 'episode_reward_mean'?"
+    )
+    assert second.endswith("none of 10 results has env_runners/episode_return_mean, so it ends nothing so far")
+    assert "has date" in third
+    assert stop("trial", {"env_runners": {"episode_return_mean": 150}})
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -221,5 +221,36 @@ def test_did_you_mean(word: str, known: list[str], expected: str) -> None:
     assert did_you_mean(word, known, {"learning_rate": "lr"}) == expected
 
 
+@pytest.mark.parametrize(
+    ("metric", "meant"),
+    [
+        ("episode_retrun_mean", "episode_return_mean"),
+        ("env_runners/episode_return_meen", "env_runners/episode_return_mean"),
+        ("env_runner/episode_return_mean", "env_runners/episode_return_mean"),
+        ("training_iterations", "training_iteration"),
+        ("timestep_total", "timesteps_total"),
+        ("env_runners/episode_return_min", None),
+        ("evaluation/env_runners/agent_episode_return_mean/0", None),
+        ("evaluation/env_runners/episode_return_mean", None),
+        ("learners/default_policy/entropy", None),
+        ("time_total_s", None),
+        ("perf/cpu_util_percent", None),
+    ],
+)
+def test_metrics_that_are_nearly_known_are_misspelt(metric: str, meant: str | None, tmp_path: Path) -> None:
+    text = f"a: {{run: PPO, env: E, stop: {{{metric}: 5}}}}"
+    if meant is None:
+        assert plan_of(text, tmp_path).runs["seed_0"].stop == {metric: 5}
+        return
+    with pytest.raises(InputError, match=rf"a\.stop\.{metric}: no result has such a metric; did you mean '{meant}'\?"):
+        plan_of(text, tmp_path)
+
+
+def test_a_run_folder_of_an_earlier_version_may_have_a_stop_beside_its_tasks(tmp_path: Path) -> None:
+    experiment = plan_of(SOUP, tmp_path).runs["seed_5"].model_dump(mode="json") | {"stop": {"episode_len_meen": 5}}
+    (tmp_path / "experiment.json").write_text(json.dumps(experiment))
+    assert load_experiment(tmp_path / "experiment.json")[1].progressive is not None
+
+
 def test_key_path() -> None:
     assert key_path(("a", "tasks", 1, "until")) == "a.tasks[1].until"

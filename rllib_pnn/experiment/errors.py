@@ -19,7 +19,9 @@ class RunFailed(RuntimeError):
     """A run that was started and failed. Exit code 1."""
 
 
-def did_you_mean(word: object, known: Iterable[str], aliases: dict[str, str] | None = None) -> str:
+def did_you_mean(
+    word: object, known: Iterable[str], aliases: dict[str, str] | None = None, *, cutoff: float = 0.6
+) -> str:
     """ "; did you mean 'lr'?", or "" if nothing known is close.
 
     Args:
@@ -27,6 +29,7 @@ def did_you_mean(word: object, known: Iterable[str], aliases: dict[str, str] | N
         known: the words that would have been right.
         aliases: words from elsewhere, and the right word for each (`{"learning_rate": "lr"}`); a word close to an alias
             suggests what the alias stands for.
+        cutoff: how close it must be, 1.0 for the same word.
     """
     aliases = aliases or {}
     known = list(known)
@@ -34,7 +37,7 @@ def did_you_mean(word: object, known: Iterable[str], aliases: dict[str, str] | N
     if text in aliases:
         return f"; did you mean '{aliases[text]}'?"
     candidates = {name.lower(): name for name in (*aliases, *known)}
-    close = difflib.get_close_matches(text.lower(), candidates, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(text.lower(), candidates, n=1, cutoff=cutoff)
     if not close:
         return ""
     match = candidates[close[0]]

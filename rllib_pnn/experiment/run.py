@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from rich.console import Console
 from rllib_pnn.analysis.analyze import task_name
 from rllib_pnn.experiment.algorithm import Cluster, build_config, check_env, complaint
 from rllib_pnn.experiment.conclude import Conclusion, conclude
-from rllib_pnn.experiment.errors import InputError, RunFailed
+from rllib_pnn.experiment.errors import InputError, RunFailed, did_you_mean
 from rllib_pnn.experiment.folder import (
     COLUMNS_FOLDER,
     ERROR_FILE,
@@ -63,7 +64,7 @@ from rllib_pnn.experiment.folder import (
     write_whole,
 )
 from rllib_pnn.experiment.progress import Display, RunProgress
-from rllib_pnn.experiment.spec import METRIC_NAMES, Experiment, Plan, load_experiment
+from rllib_pnn.experiment.spec import METRIC_NAMES, METRICS, Experiment, Plan, load_experiment
 from rllib_pnn.network.store import ColumnStore, ColumnStoreError
 from rllib_pnn.registration import register
 from rllib_pnn.training.progressive import make_progressive
@@ -76,6 +77,8 @@ MAX_RESTARTS = 3
 # Signs in a traceback that it would only die again.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _HOPELESS = (f"{TrainingTrouble.__name__}: ", *map(os.strerror, _DISK_ERRORS))
+# A metric of `stop` that so many results do not have is worth a word: the run may go on for ever.
+RESULTS_WITHOUT_METRIC = 10
 
 
 @dataclass(frozen=True)
@@ -351,7 +354,7 @@ def _fit(plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], display: D
             run_config=RunConfig(
                 name=path.name,
                 storage_path=str(path.parent),
-                stop=_StopAt({METRIC_NAMES.get(key, key): value for key, value in first.stop.items()}),
+                stop=_StopAt({METRIC_NAMES.get(key, key): value for key, value in first.stop.items()}, display),
                 failure_config=FailureConfig(max_failures=0),
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=checkpoints.num_to_keep,
@@ -506,15 +509,30 @@ class _Runs(Searcher):
 
 
 class _StopAt(Stopper):
-    """Ends a run whose result reaches one of the metrics in `stop` (keys like `env_runners/episode_return_mean`)."""
+    """Ends a run whose result reaches one of the metrics in `stop` (keys like `env_runners/episode_return_mean`).
 
-    def __init__(self, stop: Mapping[str, float]) -> None:
+    `display` hears once of the metrics that no result has had so far.
+    """
+
+    def __init__(self, stop: Mapping[str, float], display: Display) -> None:
         self._stop = dict(stop)
+        self._display = display
+        self._missing = list(stop)
+        self._num_results = 0
 
     @override(Stopper)
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        flat = flatten_dict(result)
-        return any((value := flat.get(key)) is not None and value >= bound for key, bound in self._stop.items())
+        flat: dict[str, Any] = {k: v for k, v in flatten_dict(result).items() if isinstance(v, Real)}
+        self._missing = [key for key in self._missing if key not in flat]
+        self._num_results += 1
+        if self._missing and self._num_results == RESULTS_WITHOUT_METRIC:
+            self._tell_missing(flat)
+        return any(key in flat and flat[key] >= bound for key, bound in self._stop.items())
+
+    def _tell_missing(self, flat: Mapping[str, Any]) -> None:
+        for key in self._missing:
+            mend = "" if key in METRICS else did_you_mean(key, [*flat, *METRIC_NAMES])
+            self._display.say(f"stop: none of {self._num_results} results has {key}, so it ends nothing so far{mend}")
 
     @override(Stopper)
     def stop_all(self) -> bool:

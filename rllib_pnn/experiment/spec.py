@@ -63,7 +63,33 @@ METRIC_NAMES = {
     "num_env_steps_sampled": "num_env_steps_sampled_lifetime",
     "num_env_steps": "num_env_steps_sampled_lifetime",
     "timesteps_total": "num_env_steps_sampled_lifetime",
+    "episodes_total": "env_runners/num_episodes_lifetime",
 }
+# What `stop` usually names. Results hold more, but what is nearly one of these is that one, misspelt.
+METRICS = (
+    *METRIC_NAMES,
+    *(
+        f"{part}env_runners/{metric}"
+        for part in ("", "evaluation/")
+        for metric in (
+            *(f"episode_{what}_{kind}" for what in ("return", "len") for kind in ("mean", "min", "max")),
+            "episode_duration_sec_mean",
+            "num_env_steps_sampled",
+            "num_env_steps_sampled_lifetime",
+            "num_episodes",
+            "num_episodes_lifetime",
+        )
+    ),
+    "num_env_steps_sampled_lifetime",
+    "num_env_steps_trained_lifetime",
+    "num_training_step_calls_per_iteration",
+    "training_iteration",
+    "iterations_since_restore",
+    "time_since_restore",
+    "time_this_iter_s",
+    "time_total_s",
+    "timestamp",
+)
 
 MAX_RUNS = 1000
 MAX_TRIALS = 10_000  # of a transfer experiment: the paper's Atari grid has 6,915 with 25 jobs a cell
@@ -410,6 +436,7 @@ def _plan(source: Source, name: Any, body: Any) -> Plan:
         parent = raw.get(where[0]) if len(where) > 1 else raw
         if isinstance(parent, dict) and where[-1] in parent:
             raise source.error((name, *where), f"`rllib train` fills this in ({why}); remove it here")
+    _check_stop(source, name, raw)
     if "transfer" in raw:
         return Plan(name, source, _transfer_runs(source, name, raw, num_samples, sections), (name,), sections)
 
@@ -466,6 +493,24 @@ def _old_checkpoint_keys(raw: dict[str, Any]) -> None:
     found = {new or old: raw.pop(old) for old, new in names.items() if old in raw}
     if found and isinstance(raw.get("checkpoint_config", {}), dict):
         raw["checkpoint_config"] = {**found, **raw.get("checkpoint_config", {})}
+
+
+def _check_stop(source: Source, name: str, raw: dict[str, Any]) -> None:
+    """A `stop` that would end a progressive run before its tasks, or that nothing reaches, is an error.
+
+    Not of `Experiment`, for run folders of earlier versions hold such ones.
+    """
+    stop = raw.get("stop")
+    if not isinstance(stop, dict) or not stop:
+        return
+    if raw.get("progressive") is not None:
+        raise source.error((name, "stop"), "a progressive run ends by its tasks' `until`; remove stop")
+    for metric in map(as_word, stop):
+        # One that names more parts is another one: `env_runners/agent_episode_return_mean/0`.
+        alike = [known for known in METRICS if known.count("/") == metric.count("/")]
+        mend = "" if metric in alike else did_you_mean(metric, alike, cutoff=0.85)
+        if mend:
+            raise source.error((name, "stop", metric), f"no result has such a metric{mend}")
 
 
 class _TransferFile(_Model):
