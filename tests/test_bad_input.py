@@ -152,6 +152,10 @@ FILES = {
         changed(CARTPOLE, "CartPole-v1", "os.system"),
         ["bad.yaml:3", "env", "path to code"],
     ),
+    "a policy that is code": (
+        changed(CARTPOLE, "minibatch_size: 100", "policies: {p0: [os.system, null, null, {}]}"),
+        ["bad.yaml:8", "config.policies.p0", "[null, null, null, {...}]", "os.system"],
+    ),
     "a class in config": (
         changed(CARTPOLE, "minibatch_size: 100", "callbacks_class: os.system"),
         ["bad.yaml:8", "config.callbacks_class", "set it from Python"],

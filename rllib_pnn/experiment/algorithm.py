@@ -162,14 +162,14 @@ def build_config(plan: Plan, experiment: Experiment, cluster: Cluster, *, num_ru
     for section in sorted(sections, key=SECTIONS.index):
         try:
             getattr(config, section)(**sections[section])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, ImportError) as error:
             raise _config_error(plan, experiment, error) from None
     config.environment(env=experiment.env)
     if experiment.config.get("num_env_runners") == AUTO:
         _resolve_auto(plan, experiment, config, cluster, num_runs)
     try:
         config.validate()
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
         raise _config_error(plan, experiment, error) from None
     check_fits(plan, config, cluster)
     return config
@@ -273,6 +273,8 @@ def _checked(plan: Plan, where: KeyPath, value: Any, parameter: _Parameter) -> A
             value = adapter.validate_python(value)
         except ValidationError:
             raise plan.error(where, f"expected {_describe(annotation)}, got {short(value)}") from None
+        except PydanticUserError:
+            pass  # a type within it is known in its module alone
     least = _AT_LEAST.get(key, 0 if key.startswith(("num_", "evaluation_num_")) else -math.inf)
     if isinstance(value, int | float) and not isinstance(value, bool) and not value >= least:
         raise plan.error(where, f"expected at least {least:g}, got {short(value)}")
@@ -339,6 +341,14 @@ def _refuse_code(plan: Plan, experiment: Experiment) -> None:
                 raise plan.error(
                     ("config", key, inner), f"{short(value)} is a path to code, expected a registered name"
                 )
+    policies = experiment.config.get("policies")
+    for policy, spec in policies.items() if isinstance(policies, Mapping) else ():
+        if isinstance(spec, list) and any(part is not None for part in spec[:3]):
+            raise plan.error(
+                ("config", "policies", policy),
+                "its class and its spaces are objects, which a tuned example can't hold; expected "
+                f"[null, null, null, {{...}}], got {short(spec)}",
+            )
 
 
 def _config_error(plan: Plan, experiment: Experiment, error: Exception) -> InputError:
