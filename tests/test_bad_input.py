@@ -148,6 +148,26 @@ FILES = {
         changed(CARTPOLE, "CartPole-v1", "CartPol-v1"),
         ["bad.yaml:3", "env", "CartPol", "CartPole-v1"],
     ),
+    "unknown environment of tasks": (
+        changed(SOUP, "rllib_pnn/CartPoleSoup-v0", "PongSoup-v0"),
+        ["bad.yaml:3: soup.env: ", "PongSoup", "; did you mean 'rllib_pnn/PongSoup-v0'?"],
+    ),
+    "unknown environment of tasks, close to nothing": (
+        changed(SOUP, "rllib_pnn/CartPoleSoup-v0", "NotThere-v0"),
+        ["bad.yaml:3: soup.env: ", "NotThere", "doesn't exist\n"],
+    ),
+    "unknown game": (
+        changed(SOUP, "rllib_pnn/CartPoleSoup-v0", "ALE/Pog-v5"),
+        ["bad.yaml:3: soup.env: ", "Pog", "; did you mean 'ALE/Pong-v5'?"],
+    ),
+    "unknown namespace": (
+        changed(CARTPOLE, "CartPole-v1", "rllib_pn/PongSoup-v0"),
+        ["bad.yaml:3: cartpole.env: ", "rllib_pn", "; did you mean 'rllib_pnn/PongSoup-v0'?"],
+    ),
+    "an environment of an old version": (
+        changed(CARTPOLE, "CartPole-v1", "CartPole-v9"),
+        ["bad.yaml:3: cartpole.env: ", "v9", "did you mean 'CartPole-v1'?"],
+    ),
     "an environment that is code": (
         changed(CARTPOLE, "CartPole-v1", "os.system"),
         ["bad.yaml:3", "env", "path to code"],

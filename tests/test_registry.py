@@ -47,6 +47,18 @@ def test_registering_again_changes_nothing(recwarn):
     assert not recwarn.list
 
 
+def test_ids_of_ale_do_not_depend_on_what_was_imported():
+    output = run_python(
+        "import gymnasium, sys\n"
+        "from rllib_pnn.envs.registry import full_id, is_native_vector\n"
+        "print(full_id('CartPole-v1'), 'ale_py' in sys.modules)\n"
+        "print(full_id('ALE/Pong-v5'), is_native_vector('ALE/Pong-v5'))\n"
+        "env = gymnasium.make('ALE/Pong-v5', obs_type='ram')\n"
+        "print(env.observation_space.shape)\n"
+    )
+    assert output.split() == ["CartPole-v1", "False", "ale_py:ALE/Pong-v5", "False", "(128,)"]
+
+
 @pytest.mark.parametrize("env_id", ENV_IDS)
 def test_every_id_names_classes_that_exist(env_id: str):
     spec = gym.registry[env_id]

@@ -106,6 +106,30 @@ def test_config_of_every_shipped_example_fits_two_cores() -> None:
                 build_config(plan, experiment, Cluster(({"CPU": 2.0},)), num_runs=len(plan.runs))
 
 
+@pytest.mark.parametrize(
+    ("env", "made"),
+    [
+        ("ALE/Pong-v5", "ale_py:ALE/Pong-v5"),
+        ("ale_py:ALE/Pong-v5", "ale_py:ALE/Pong-v5"),
+        ("PongNoFrameskip-v4", "ale_py:PongNoFrameskip-v4"),
+        ("CartPole-v1", "CartPole-v1"),
+        ("rllib_pnn/Atari-v0", "rllib_pnn/Atari-v0"),
+        ("nowhere/Nothing-v0", "nowhere/Nothing-v0"),
+    ],
+)
+def test_ids_are_such_as_every_process_can_make(env: str, made: str, tmp_path: Path) -> None:
+    register()
+    plan = plan_of(f"a: {{run: PPO, env: '{env}', config: {{num_env_runners: 1}}}}", tmp_path)
+    assert build_config(plan, plan.runs["seed_0"], Cluster(({"CPU": 2.0},))).env == made
+
+
+def test_policies(tmp_path: Path) -> None:
+    text = "a: {run: PPO, env: CartPole-v1, config: {num_env_runners: 0, policies: {p0: [null, null, null, {}]}}}"
+    plan = plan_of(text, tmp_path)
+    made = build_config(plan, plan.runs["seed_0"], Cluster(({"CPU": 2.0},)))
+    assert made.is_multi_agent and list(made.policies) == ["p0"]
+
+
 def test_make_config_is_progressive(tmp_path: Path) -> None:
     register()
     plan = plan_of(SOUP, tmp_path)

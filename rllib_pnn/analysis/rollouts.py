@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rllib_pnn.envs.registry import register_envs
+from rllib_pnn.envs.registry import full_id, is_native_vector, register_envs
 from rllib_pnn.network import ProgressiveNetwork
 from rllib_pnn.network.column import Column, Transform
 
@@ -119,7 +119,9 @@ def make_envs(env: str, env_config: Mapping[str, Any] | None, num_envs: int) -> 
     """`gymnasium.make_vec`, with one-line `ValueError`s."""
     register_envs()
     try:
-        return gym.make_vec(env, num_envs=num_envs, **dict(env_config or {}))
+        name = full_id(env)
+        mode = "vector_entry_point" if is_native_vector(name) else "sync"
+        return gym.make_vec(name, num_envs=num_envs, vectorization_mode=mode, **dict(env_config or {}))
     except (gym.error.Error, TypeError, ValueError, ImportError, OSError) as error:
         raise ValueError(
             f"{env}: can't be made with {dict(env_config or {})}: {' '.join(str(error).split())}"

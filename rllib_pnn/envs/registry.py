@@ -8,6 +8,9 @@ Cheap to import on purpose: the env classes are named, not imported. No torch, n
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,9 +47,39 @@ def register_envs() -> None:
 
 
 def is_native_vector(env_id: str) -> bool:
-    """Whether `gymnasium.make_vec` can make `env_id` with `vectorization_mode="vector_entry_point"`."""
+    """Whether `gymnasium.make_vec` can make `env_id` with `vectorization_mode="vector_entry_point"`.
+
+    Not what ale_py registers: its vector envs show other observations than its single ones.
+    """
     spec = registry.get(env_id)
-    return spec is not None and spec.vector_entry_point is not None
+    return spec is not None and spec.vector_entry_point is not None and not _is_of_ale(env_id)
+
+
+def full_id(env_id: str) -> str:
+    """`env_id` as every process can make it: the ids of ale_py as `ale_py:ALE/Pong-v5`, others as they are.
+
+    gymnasium knows those once ale_py is imported, which its `module:id` does and which this does for an id that is
+    not known.
+    """
+    name = env_id.removeprefix("ale_py:")
+    if name not in registry and ":" not in name:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("ale_py")
+    return f"ale_py:{name}" if _is_of_ale(name) else env_id
+
+
+def _is_of_ale(env_id: str) -> bool:
+    spec = registry.get(env_id)
+    return spec is not None and str(spec.entry_point).startswith("ale_py.")
+
+
+def unknown_id(env_id: str, error: Exception) -> str:
+    """gymnasium's complaint about an id in one line, with the id that was meant if one is close."""
+    known = {name.lower(): name for name in registry}
+    known |= {name.lower().rpartition("/")[2]: name for name in ENV_IDS}  # without its namespace
+    close = difflib.get_close_matches(env_id.lower(), known, n=1, cutoff=0.75)
+    mend = f"; did you mean '{known[close[0]]}'?" if close else ""
+    return " ".join(str(error).split()).split(" Did you mean")[0].rstrip(".") + mend
 
 
 def create_env(env_id: str, env_config: Mapping[str, Any] | None = None) -> gym.Env | gym.vector.VectorEnv:

@@ -26,6 +26,7 @@ from ray.rllib.algorithms.registry import ALGORITHMS as RLLIB_ALGORITHMS
 from ray.rllib.env.env_context import EnvContext
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
+from rllib_pnn.envs.registry import full_id, unknown_id
 from rllib_pnn.experiment.errors import InputError, did_you_mean
 from rllib_pnn.experiment.source import KeyPath
 from rllib_pnn.experiment.spec import SECTIONS, Experiment, Plan
@@ -164,7 +165,7 @@ def build_config(plan: Plan, experiment: Experiment, cluster: Cluster, *, num_ru
             getattr(config, section)(**sections[section])
         except (ValueError, TypeError, KeyError, ImportError) as error:
             raise _config_error(plan, experiment, error) from None
-    config.environment(env=experiment.env)
+    config.environment(env=None if experiment.env is None else _env_id(experiment.env))
     if experiment.config.get("num_env_runners") == AUTO:
         _resolve_auto(plan, experiment, config, cluster, num_runs)
     try:
@@ -210,18 +211,21 @@ def _parts(config: AlgorithmConfig) -> str:
     return " and ".join([", ".join(parts), "the main process"] if parts else ["the main process"])
 
 
+def _env_id(env: str) -> str:
+    """An environment's id as every process of a cluster can make it. What Tune knows by that name comes first."""
+    return env if _global_registry.contains(ENV_CREATOR, env) else full_id(env)
+
+
 def check_env(plan: Plan, experiment: Experiment) -> None:
     """Makes the environment of an ordinary experiment once. Raises `InputError` if it can't be made."""
-    name, env_config = str(experiment.env), experiment.config.get("env_config", {})
+    name, env_config = _env_id(str(experiment.env)), experiment.config.get("env_config", {})
     try:
         if _global_registry.contains(ENV_CREATOR, name):
             env = _global_registry.get(ENV_CREATOR, name)(EnvContext(dict(env_config), worker_index=0))
         else:
             env = gym.make(name, **env_config)
-    except (gym.error.UnregisteredEnv, gym.error.NameNotFound, ModuleNotFoundError) as error:
-        raise plan.error(
-            ("env",), complaint(error).split(" Did you mean")[0].rstrip(".") + did_you_mean(name, gym.registry)
-        ) from None
+    except (gym.error.UnregisteredEnv, gym.error.DeprecatedEnv, ModuleNotFoundError) as error:
+        raise plan.error(("env",), unknown_id(name, error)) from None
     except Exception as error:  # whatever an environment's constructor may raise
         raise plan.error(("config", "env_config"), f"{name} can't be made: {complaint(error)}") from None
     env.close()

@@ -330,7 +330,7 @@ class Experiment(_Model):
                 + did_you_mean(self.run, ALGORITHMS)
             )
         module = (self.env or "").rpartition(":")[0]
-        if module and module not in sys.modules:
+        if module and module != "ale_py" and module not in sys.modules:
             raise ValueError(
                 f"env: {short(self.env)} names a module, which making it would import: a tuned example is data; "
                 "expected the id of a registered environment"
@@ -383,7 +383,10 @@ class Plan:
         """A complaint of `make_progressive` (`tasks[2] ('h_flip'): ...`), told where in the file it belongs."""
         message = " ".join(str(error).split()) or type(error).__name__
         match = re.match(r"(\w+)(?:\[(\d+)\])?(?: \('[^']*'\))?(?:\.(\w+))?: ", message)
-        where: KeyPath = ("progressive",)
+        if match and match[1] in ("config", "env"):
+            where: KeyPath = (match[1], match[3]) if match[3] else (match[1],)
+            return self.error(where, message[match.end() :])
+        where = ("progressive",)
         if match and match[1] in ProgressiveSpec.model_fields:
             where += (match[1],) if match[2] is None else (match[1], int(match[2]))
             where += (match[3],) if match[3] else ()

@@ -17,7 +17,7 @@ import torch
 from ray.rllib.env.env_context import EnvContext
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
-import rllib_pnn.envs.registry  # noqa: F401  # makes the package's ids known
+from rllib_pnn.envs.registry import full_id, is_native_vector
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.training.recognition import FIRST_STEPS, FirstSteps, Recogniser, features_of
 
@@ -81,9 +81,9 @@ def make_vector_env(env: str | Callable[[EnvContext], Any], env_config: Mapping[
         made.close()
         plain = EnvContext(dict(env_config), worker_index=0)
         return gym.vector.SyncVectorEnv([lambda: creator(plain)] * num_envs)
-    spec = gym.spec(str(env))
-    mode = "vector_entry_point" if spec.vector_entry_point is not None else "sync"
-    return gym.make_vec(str(env), num_envs=num_envs, vectorization_mode=mode, **dict(env_config))
+    name = full_id(str(env))
+    mode = "vector_entry_point" if is_native_vector(name) else "sync"
+    return gym.make_vec(name, num_envs=num_envs, vectorization_mode=mode, **dict(env_config))
 
 
 def _is_registered(env: Any) -> bool:

@@ -29,7 +29,7 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.utils import force_list
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
-from rllib_pnn.envs.registry import ENV_IDS
+from rllib_pnn.envs.registry import ENV_IDS, full_id, unknown_id
 from rllib_pnn.network.adapter import LATERALS
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.spec import ColumnSpec
@@ -160,6 +160,8 @@ def make_progressive(
     }
     progressive = config.copy(copy_frozen=False)
     progressive.environment(env_config=dict(merged[0].env_config))
+    if isinstance(config.env, str) and not _global_registry.contains(ENV_CREATOR, config.env):
+        progressive.environment(full_id(config.env))
     module_class = ProgressiveTargetRLModule if isinstance(config, APPOConfig) else ProgressiveRLModule
     progressive.rl_module(
         rl_module_spec=RLModuleSpec(
@@ -250,6 +252,8 @@ def _look_at_tasks(config: AlgorithmConfig, tasks: Sequence[Task]) -> tuple[gym.
                 pixels.append(_typical_pixel(env, spaces[0]))
             finally:
                 env.close()
+        except (gym.error.UnregisteredEnv, gym.error.DeprecatedEnv) as error:
+            raise ValueError(f"env: {unknown_id(str(config.env), error)}") from error
         except (ValueError, TypeError, KeyError, gym.error.Error) as error:
             raise ValueError(f"tasks[{i}] ('{task.name}'): {' '.join(str(error).split())}") from error
         if common is None:
@@ -269,7 +273,7 @@ def _make_env(config: AlgorithmConfig, task: Task) -> Any:
     if isinstance(creator, str) and _global_registry.contains(ENV_CREATOR, creator):
         creator = _global_registry.get(ENV_CREATOR, creator)
     if isinstance(creator, str):
-        return gym.make(creator, **dict(task.env_config))
+        return gym.make(full_id(creator), **dict(task.env_config))
     if str(config.gym_env_vectorize_mode).lower().endswith("vector_entry_point"):
         return make_vector_env(creator, task.env_config, 1)
     return creator(EnvContext(dict(task.env_config), worker_index=0))
