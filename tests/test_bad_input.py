@@ -379,6 +379,15 @@ def test_columns_for_other_observations(folder: Path, capsys: pytest.CaptureFixt
     )
 
 
+def test_columns_from_an_experiment_of_several_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = soup_run(folder).parent
+    (experiment / "seed_1").mkdir()
+    (experiment / "seed_1" / "experiment.json").write_text("{}")  # it has no column yet
+    (folder / "next.yaml").write_text(changed(SOUP, "column: mlp", f"column: mlp\n    columns_from: {experiment}"))
+    line = refuse(capsys, "train", "-f", "next.yaml")
+    assert contains_in_order(line, ["next.yaml:7", "columns_from", "2 runs", "choose one", "seed_0", "seed_1"]), line
+
+
 @pytest.mark.parametrize("file", ["experiment.json", "plan.json", "state.json"])
 def test_damaged_run_folder(file: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stored = soup_run(folder)

@@ -496,7 +496,7 @@ def test_evaluation_repeats_itself_bit_for_bit():
         ({"input_shift": "none"}, "input_shift"),
         ({"column": "atary"}, "did you mean 'atari'"),
         ({"column": "atari"}, "use the preset 'mlp'"),
-        ({"columns_from": "/nowhere"}, "holds no columns"),
+        ({"columns_from": "/nowhere"}, "no such folder"),
         ({"tasks": [{"name": "a", "env_config": {"variant": "flippd"}}]}, r"tasks\[0\] \('a'\).*flipped"),
     ],
 )

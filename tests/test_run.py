@@ -148,6 +148,8 @@ def test_what_a_run_starts_from_is_noted(tmp_path: Path, monkeypatch: pytest.Mon
     (experiment,) = _with_sources(plan_of(text, tmp_path)).runs.values()
     assert experiment.progressive.source_tasks == ["plain", "flipped"]
     assert experiment.progressive.columns_from == str(tmp_path / stored)
+    (whole,) = _with_sources(plan_of(text.replace(str(stored), str(stored.parent)), tmp_path)).runs.values()
+    assert whole.progressive == experiment.progressive
     (same,) = _with_sources(plan_of(SOUP, tmp_path)).runs.values()
     assert same.progressive.source_tasks is None
     (tmp_path / stored / "columns" / "manifest.json").write_text("{}")

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,6 +161,34 @@ def find_runs(paths: Iterable[Path | str]) -> list[Path]:
             raise RunError(f"{path}: no {EXPERIMENT_FILE} here or below; expected a run folder of `rllib train`")
         found.update(dict.fromkeys(below))
     return list(found)
+
+
+def find_columns(path: str | os.PathLike[str]) -> Path:
+    """The column store that `path` names: itself, that of a run, or that of the only run in an experiment's folder.
+
+    Raises:
+        RunError: there is none, or there are several.
+    """
+    path = Path(path)
+    if not os.path.isdir(path):
+        what = "not a folder" if os.path.lexists(path) else "no such folder"
+        raise RunError(f"{path}: {what}; expected a run folder or a column store")
+    if os.path.lexists(path / Path(MANIFEST_FILE).name):
+        return path
+    runs = [path] if _is_run(path) else [folder for folder in sorted(path.iterdir()) if _is_run(folder)]
+    if len(runs) > 1:
+        raise RunError(f"{path}: holds {len(runs)} runs, choose one: {', '.join(map(str, runs))}")
+    if not runs:
+        raise RunError(f"{path}: holds no columns; expected a run folder or a column store")
+    manifest = runs[0] / MANIFEST_FILE
+    if not os.path.lexists(manifest):
+        raise RunError(f"{runs[0]}: no column is frozen yet (there is no {MANIFEST_FILE})")
+    return manifest.parent
+
+
+def _is_run(path: Path) -> bool:
+    """Of `rllib train`, or what an algorithm that was built in Python leaves."""
+    return any(os.path.lexists(path / name) for name in (EXPERIMENT_FILE, MANIFEST_FILE))
 
 
 def read_run(path: Path | str) -> Run:

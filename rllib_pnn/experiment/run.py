@@ -42,11 +42,11 @@ from ray.tune.utils.util import SafeFallbackEncoder
 from rich.console import Console
 
 from rllib_pnn.analysis.analyze import task_name
+from rllib_pnn.analysis.runs import RunError, find_columns
 from rllib_pnn.experiment.algorithm import Cluster, build_config, check_env, complaint
 from rllib_pnn.experiment.conclude import Conclusion, conclude
 from rllib_pnn.experiment.errors import InputError, RunFailed, did_you_mean
 from rllib_pnn.experiment.folder import (
-    COLUMNS_FOLDER,
     ERROR_FILE,
     CheckpointRecord,
     ResultLog,
@@ -270,14 +270,15 @@ def _with_sources(plan: Plan) -> Plan:
     for name, experiment in plan.runs.items():
         progressive = experiment.progressive
         if progressive is not None and progressive.columns_from is not None:
-            store = ColumnStore(progressive.columns_from)
-            if not store.exists():
-                store = ColumnStore(Path(progressive.columns_from) / COLUMNS_FOLDER)
+            given = Path(progressive.columns_from)
             try:
-                names = [task_name(entry.task, entry.extra) for entry in store.entries]
-            except ColumnStoreError as error:
+                store = find_columns(given)
+                names = [task_name(entry.task, entry.extra) for entry in ColumnStore(store).entries]
+            except (ColumnStoreError, RunError) as error:
                 raise plan.error(("progressive", "columns_from"), str(error)) from None
-            update = {"source_tasks": names, "columns_from": str(Path(progressive.columns_from).absolute())}
+            if store != given:
+                given = store.parent  # of an experiment's folder the run in it: others may come to stand beside it
+            update = {"source_tasks": names, "columns_from": str(given.absolute())}
             experiment = experiment.model_copy(update={"progressive": progressive.model_copy(update=update)})
         runs[name] = experiment
     return replace(plan, runs=runs)

@@ -29,6 +29,7 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.utils import force_list
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
+from rllib_pnn.analysis.runs import RunError, find_columns
 from rllib_pnn.envs.registry import ENV_IDS, full_id, unknown_id
 from rllib_pnn.network.adapter import LATERALS
 from rllib_pnn.network.progressive import ProgressiveNetwork
@@ -87,7 +88,8 @@ def make_progressive(
         lateral_heads: laterals into policy and value head too.
         architecture: `"progressive"`, or a baseline: `"scratch"` (1), `"finetune_heads"` (2), `"finetune_all"` (3),
             `"random_column"` (4); see `rl_module.grow`.
-        columns_from: a run folder or column store whose columns stand in front of the first task's.
+        columns_from: a run folder, the folder of an experiment of one run, or a column store, whose columns stand in
+            front of the first task's.
         column_store: where columns are stored; None: `columns/` in the trial's folder.
         input_shift: taken from scaled observations by each new column. `"auto"`: the task's typical pixel (median
             over some frames of random play) for images, so that a plain background is 0; 0 for vectors.
@@ -297,9 +299,10 @@ def _source_store(path: str | os.PathLike[str] | None) -> ColumnStore | None:
     """The store at a path or in the `columns` folder below it, verified. Raises `ValueError`."""
     if path is None:
         return None
-    store = ColumnStore(path)
-    if not store.exists() and ColumnStore(Path(path) / "columns").exists():
-        store = ColumnStore(Path(path) / "columns")
+    try:
+        store = ColumnStore(find_columns(path))
+    except RunError as error:
+        raise ValueError(f"columns_from: {error}") from None
     if not store.entries:
         raise ValueError(f"columns_from: {path}: holds no columns; expected a run folder or a column store")
     store.verify()
