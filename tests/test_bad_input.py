@@ -233,9 +233,33 @@ FILES = {
         changed(CARTPOLE, "minibatch_size: 100", "minibatch_size: 1000"),
         ["bad.yaml:8", "config.minibatch_size", "1000", "500"],
     ),
+    "a framework that is not installed": (
+        changed(CARTPOLE, "minibatch_size: 100", "framework: tf2"),
+        ["bad.yaml:8: cartpole.config.framework: ", "TensorFlow", "no installation was found"],
+    ),
     "columns from nowhere": (
         changed(SOUP, "column: mlp", "column: mlp\n    columns_from: no/such/run"),
-        ["bad.yaml:7", "progressive.columns_from", "no/such/run"],
+        ["bad.yaml:7", "progressive.columns_from: no/such/run: no such folder"],
+    ),
+    "columns from a folder without": (
+        changed(SOUP, "column: mlp", "column: mlp\n    columns_from: ."),
+        ["bad.yaml:7", "progressive.columns_from: .: holds no columns"],
+    ),
+    "a model beside columns": (
+        changed(SOUP, "minibatch_size: 100", "model: {fcnet_hiddens: [64]}"),
+        ["bad.yaml:4: soup.config.model: fcnet_hiddens", "`progressive.column`", "says what the network is"],
+    ),
+    "a model of the new stack beside columns": (
+        changed(SOUP, "minibatch_size: 100", "rl_module: {model_config: {max_seq_len: 5, head_fcnet_hiddens: [8]}}"),
+        ["bad.yaml:4: soup.config.rl_module.model_config: head_fcnet_hiddens would", "`progressive.column`"],
+    ),
+    "a GPU of the old stack": (
+        changed(SOUP, "minibatch_size: 100", "num_gpus: 1"),
+        ["bad.yaml:4: soup.config.num_gpus: ", "did you mean 'num_gpus_per_learner'?"],
+    ),
+    "a GPU of the old stack, which IMPALA has by itself": (
+        changed(changed(SOUP, "minibatch_size: 100", "num_gpus: 1"), "PPO", "IMPALA"),
+        ["bad.yaml:4: soup.config.num_gpus: ", "did you mean 'num_gpus_per_learner'?"],
     ),
     "a search without values": (
         changed(CARTPOLE, "minibatch_size: 100", "lr: {grid_search: 3}"),

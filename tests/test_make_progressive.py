@@ -17,6 +17,8 @@ from ray.rllib.algorithms.utils import AggregatorActor
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core.learner.learner import Learner
 from ray.rllib.core.learner.training_data import TrainingData
+from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
+from ray.rllib.models.catalog import MODEL_DEFAULTS
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
@@ -24,12 +26,12 @@ from ray.rllib.utils.metrics import (
     EVALUATION_RESULTS,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
 )
-from small_algorithms import small_config
+from small_algorithms import CONFIGS, small_config
 
 import rllib_pnn
 from rllib_pnn.network import ColumnStore
 from rllib_pnn.training import callback
-from rllib_pnn.training.evaluation import ColumnEvaluation, evaluate_column
+from rllib_pnn.training.evaluation import ColumnEvaluation, evaluate_column, make_vector_env
 from rllib_pnn.training.learner import NUM_ENV_STEPS_DROPPED, note_task, task_of
 from rllib_pnn.training.progressive import make_progressive
 
@@ -527,11 +529,34 @@ def test_bad_settings_give_one_line(settings, message):
             ),
             "multi-agent",
         ),
+        (lambda: PPOConfig().environment("CartPol-v1"), "^env: .*; did you mean 'CartPole-v1'"),
+        (lambda: config().resources(num_gpus=1), r"^config\.num_gpus: would .*'num_gpus_per_learner'"),
+        (lambda: config().training(model={"fcnet_hiddens": [64]}), r"^config\.model: fcnet_hiddens would"),
+        (lambda: config().training(model={"max_seq_len": 5}), r"^config\.model: max_seq_len .* model_config's"),
+        (lambda: config().rl_module(model_config={"layers": 2}), r"^config\.model_config: layers .*`column` of make"),
+        (lambda: config().rl_module(model_config=DefaultModelConfig(use_lstm=True)), "model_config: use_lstm would"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make_progressive(make(), tasks=[{"name": "a"}], column="mlp")
+
+
+@pytest.mark.parametrize("algorithm", CONFIGS)
+def test_settings_of_networks_that_are_the_usual_ones_are_taken(algorithm):
+    given = config(algorithm).training(model=copy.deepcopy(MODEL_DEFAULTS))
+    given.rl_module(model_config=DefaultModelConfig(max_seq_len=5))
+    given.validate()
+    assert make_progressive(given, tasks=tasks(), column="mlp").rl_module_spec.model_config["max_seq_len"] == 5
+
+
+def test_games_of_ale_can_be_made_in_every_process():
+    given = PPOConfig().environment("ALE/Pong-v5", env_config={"obs_type": "ram"})
+    made = make_progressive(given, tasks=[{"name": "a", "until": {"num_env_steps": 1}}], column="mlp")
+    assert made.env == "ale_py:ALE/Pong-v5"
+    env = make_vector_env(made.env, {"obs_type": "ram"}, 2)
+    assert env.observation_space.shape == (2, 128)  # as its single environments, not ale_py's own vector env
+    env.close()
 
 
 class Wider(gym.Env):

@@ -67,7 +67,7 @@ from rllib_pnn.experiment.progress import Display, RunProgress
 from rllib_pnn.experiment.spec import METRIC_NAMES, METRICS, Experiment, Plan, load_experiment
 from rllib_pnn.network.store import ColumnStore, ColumnStoreError
 from rllib_pnn.registration import register
-from rllib_pnn.training.progressive import make_progressive
+from rllib_pnn.training.progressive import OLD_GPUS, make_progressive
 from rllib_pnn.training.trouble import TrainingTrouble
 
 CHECKPOINT_EVERY_S = 60.0
@@ -179,6 +179,8 @@ def make_config(
         if experiment.env is not None and config.is_online and not config.is_multi_agent:
             check_env(plan, experiment)
         return config
+    if experiment.config.get("num_gpus"):
+        raise plan.error(("config", "num_gpus"), OLD_GPUS)  # also where it is what the algorithm has by itself
     arguments = progressive.model_dump(exclude={"tasks", "source_tasks"})
     if columns_from is not None:
         arguments["columns_from"] = str(columns_from)

@@ -10,6 +10,7 @@ This is the one call that an existing pipeline needs:
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import sys
@@ -23,9 +24,11 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.impala import IMPALAConfig
 from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.env.env_context import EnvContext
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.rllib.models.catalog import MODEL_DEFAULTS
 from ray.rllib.utils import force_list
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
@@ -53,6 +56,7 @@ from rllib_pnn.training.task_env_runner import task_env_runner_class
 from rllib_pnn.training.tasks import Task, parse_tasks
 
 MAX_SEQ_LEN = 20  # steps of a sequence in train batches of recurrent columns; RLlib's own default
+OLD_GPUS = "would be ignored: the old API stack alone reads it; did you mean 'num_gpus_per_learner'?"
 _DEFAULTS = AlgorithmConfig()
 # Where a config has RLlib's defaults: with those, an EnvRunner whose node is lost costs 30 s in every iteration, and an
 # exception in an environment 60 s, which all others wait for.
@@ -226,6 +230,31 @@ def _check_config(config: AlgorithmConfig) -> None:
         raise ValueError("config: a progressive network has one agent; multi-agent configs are not supported")
     if config.env is None:
         raise ValueError("config: no environment; call `config.environment('rllib_pnn/PongSoup-v0')` first")
+    if config.num_gpus and config.num_gpus != type(config)().num_gpus:  # IMPALA's own is 1
+        raise ValueError(f"config.num_gpus: {OLD_GPUS}")
+    _check_model(config)
+
+
+def _check_model(config: AlgorithmConfig) -> None:
+    """Refuses settings of RLlib's own networks, which nothing would read."""
+    given = config._model_config
+    given = given if isinstance(given, Mapping) else dataclasses.asdict(given)
+    usual = dataclasses.asdict(DefaultModelConfig())
+    # RLlib itself sets what begins with "_", and PPO vf_share_layers.
+    for name, settings, defaults, fine in (
+        ("model", config.model, MODEL_DEFAULTS, "vf_share_layers"),
+        ("model_config", given, usual, "max_seq_len"),
+    ):
+        other = [
+            key
+            for key, value in settings.items()
+            if key != fine and not key.startswith("_") and (key not in defaults or defaults[key] != value)
+        ]
+        if other:
+            raise ValueError(
+                f"config.{name}: {', '.join(other)} would be ignored: `progressive.column` (`column` of "
+                "make_progressive) says what the network is; model_config's max_seq_len alone is read"
+            )
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -296,7 +325,7 @@ def _typical_pixel(env: Any, space: gym.Space, num_steps: int = 32) -> float:
 
 
 def _source_store(path: str | os.PathLike[str] | None) -> ColumnStore | None:
-    """The store at a path or in the `columns` folder below it, verified. Raises `ValueError`."""
+    """The store that a path names, verified. Raises `ValueError`."""
     if path is None:
         return None
     try:
