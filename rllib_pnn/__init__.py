@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import rllib_pnn.envs.registry  # noqa: F401  # makes the env ids known to gymnasium in every process
 
 if TYPE_CHECKING:
+    from rllib_pnn.analysis.fisher import average_fisher_sensitivity
+    from rllib_pnn.analysis.perturbation import average_perturbation_sensitivity
+    from rllib_pnn.analysis.transfer import transfer_score
     from rllib_pnn.network import ColumnSpec, ColumnStore, ColumnStoreError, ProgressiveNetwork
     from rllib_pnn.registration import register
     from rllib_pnn.training.a3c import A3C, A3CConfig
@@ -34,8 +37,11 @@ _MODULES = {
     "ProgressiveNetwork": "rllib_pnn.network",
     "ProgressiveRLModule": "rllib_pnn.training.rl_module",
     "Task": "rllib_pnn.training.tasks",
+    "average_fisher_sensitivity": "rllib_pnn.analysis.fisher",
+    "average_perturbation_sensitivity": "rllib_pnn.analysis.perturbation",
     "make_progressive": "rllib_pnn.training.progressive",
     "register": "rllib_pnn.registration",
+    "transfer_score": "rllib_pnn.analysis.transfer",
 }
 
 __all__ = [
@@ -49,8 +55,11 @@ __all__ = [
     "ProgressiveNetwork",
     "ProgressiveRLModule",
     "Task",
+    "average_fisher_sensitivity",
+    "average_perturbation_sensitivity",
     "make_progressive",
     "register",
+    "transfer_score",
 ]
 
 

@@ -13,6 +13,7 @@ from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.env.env_context import EnvContext
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
+import rllib_pnn
 from rllib_pnn.envs.registry import ENV_IDS, create_env, is_native_vector, register_envs
 
 
@@ -28,6 +29,22 @@ def test_importing_the_registry_is_enough_and_cheap():
         "print(sorted(heavy), *ids)\n"
     )
     assert output.split() == ["[]", *ENV_IDS]
+
+
+def test_public_names_cost_nothing_until_they_are_used():
+    output = run_python(
+        "import sys, rllib_pnn\n"
+        "heavy = {'torch', 'ray', 'ale_py', 'matplotlib', 'rllib_pnn.analysis', 'rllib_pnn.network'}\n"
+        "print(sorted(heavy & set(sys.modules)), set(rllib_pnn.__all__) == set(rllib_pnn._MODULES))\n"
+        "rllib_pnn.transfer_score\n"
+        "print(sorted({'torch', 'ray'} & set(sys.modules)))\n"
+    )
+    assert output.split() == ["[]", "True", "[]"]
+
+
+@pytest.mark.parametrize("name", rllib_pnn.__all__)
+def test_every_public_name_is_there(name: str):
+    assert getattr(rllib_pnn, name).__name__ == name
 
 
 def test_gymnasium_imports_the_registry_on_request():
