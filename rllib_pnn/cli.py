@@ -562,7 +562,7 @@ def _report(console: Console, outcome: Outcome) -> int:
     if outcome.conclusion is not None:
         return _report_transfer(console, outcome, outcome.conclusion)
     rows = _result_rows(outcome) if not any(run.experiment.trial for run in outcome.runs) else []
-    if rows:
+    if rows and not outcome.finished_before:
         table = _table("run", "task", "column", "steps", "return at freezing", "fingerprint")
         for row in rows:
             table.add_row(*row)
@@ -579,7 +579,7 @@ def _report(console: Console, outcome: Outcome) -> int:
         _tell_failures(outcome)
         say(f"Once that is mended:  rllib train --resume {shown}")
         return FAILED
-    say(f"Done. Run folder: {shown}")
+    say(f"{'Finished before, nothing is left to train' if outcome.finished_before else 'Done'}. Run folder: {shown}")
     first = _relative(outcome.runs[0].path)
     say(f"Next:  rllib evaluate {first}" if rows else f"Next:  tensorboard --logdir {shown}")
     return DONE

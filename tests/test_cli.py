@@ -17,9 +17,9 @@ from stored_columns import SOUP, soup_run
 from rllib_pnn import cli
 from rllib_pnn.experiment import run as run_module
 from rllib_pnn.experiment.errors import RunFailed
-from rllib_pnn.experiment.folder import RunFolder
+from rllib_pnn.experiment.folder import RunFolder, create_experiment, edited
 from rllib_pnn.experiment.run import Outcome
-from rllib_pnn.experiment.spec import Plan
+from rllib_pnn.experiment.spec import Plan, load_plans
 from rllib_pnn.network import ColumnStore
 
 CHECKOUT = Path(__file__).parent.parent
@@ -85,6 +85,49 @@ def test_outcomes(
     assert re.fullmatch(last_line, out.splitlines()[-1])
     assert re.search(r"seed_0 +flipped +1 +- +- +[0-9a-f]{12}", out)
     assert ("error.txt" in err) == (status == "failed")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("soup:", "# changed\nsoup:", None),
+        ("learner: 500", "learner: 600", "config.train_batch_size_per_learner is 600 there by now, here 500; "),
+        ("      - {name: flipped", "#", "progressive.tasks[1] {'name': 'flipped', "),
+        ("500}}\n", "500}}\n      - {name: third, until: {num_env_steps: 9}}\n", "tasks[2] {'name': 'third', "),
+        ("config: {num", "config: {seed: 3, num", "config.seed is 3 there by now, here 0; "),
+        ("  config: {", "  num_samples: 2\n  config: {", "seed_1 {"),
+        ("column: mlp", "colum: mlp", "soup.progressive.colum: unknown key; did you mean 'column'?; "),
+        ("column: mlp", "column: mlp\n    columns_from: x", "progressive.columns_from 'x' is new there; "),
+        ("soup:", "other:", None),
+    ],
+)
+def test_resuming_tells_what_was_edited(old: str, new: str, words: str | None, rllib, folder: Path) -> None:
+    stored = soup_run(folder)
+    RunFolder(stored).set_status("finished")
+    text = new.join(SOUP.rsplit(old, 1))
+    assert text != SOUP
+    (folder / "soup.yaml").write_text(text)
+    code, out, err = rllib("train", "--resume", stored.parent)
+    *told, done, following = out.splitlines()
+    assert (code, err) == (0, "")
+    assert done.startswith("Finished before, nothing is left to train. Run folder: runs/soup_")
+    assert following.startswith("Next:  rllib evaluate ")
+    assert len(told) == (words is not None)
+    if words is not None:
+        assert told[0].startswith(f"{folder / 'soup.yaml'}:") and words in told[0]
+        assert "the run keeps its own settings" in told[0]
+
+
+def test_where_columns_came_from_is_no_edit(folder: Path) -> None:
+    stored = soup_run(folder)
+    for given in (stored, stored.parent, stored.absolute(), Path("..") / folder.name / stored):
+        text = SOUP.replace("column: mlp", f"column: mlp\n    columns_from: {given}")
+        (folder / "next.yaml").write_text(text)
+        plan = run_module._with_sources(load_plans("next.yaml")[0])
+        path = create_experiment(folder / "runs", plan)
+        assert edited(path, plan) is None
+        (folder / "next.yaml").write_text(text.replace(f"columns_from: {given}", "columns_from: elsewhere"))
+        assert "progressive.columns_from is 'elsewhere' there by now, here '/" in str(edited(path, plan))
 
 
 def test_a_run_that_can_not_start(rllib, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

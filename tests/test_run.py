@@ -364,6 +364,7 @@ def test_a_finished_run_is_left_alone(soup: dict) -> None:
     before = (soup["run"].path / "state.json").stat().st_mtime_ns
     outcome = resume(soup["run"].path, console=Console(file=io.StringIO()))
     assert [run.path for run in outcome.runs] == [soup["run"].path] and outcome.stopped_by is None
+    assert outcome.finished_before and not soup["second"].finished_before
     assert (soup["run"].path / "state.json").stat().st_mtime_ns == before
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -35,7 +36,7 @@ from typing import IO, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rllib_pnn.experiment.errors import InputError
-from rllib_pnn.experiment.spec import Experiment, Plan, load_experiment
+from rllib_pnn.experiment.spec import Experiment, Plan, load_experiment, load_plans
 from rllib_pnn.files import RefusedFile, read_regular, write_whole
 from rllib_pnn.text import short
 
@@ -269,8 +270,71 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     return settings
 
 
+def edited(path: Path, plan: Plan) -> str | None:
+    """What the tuned example of an experiment says otherwise by now, in one line; None if nothing or it is gone.
+
+    Args:
+        path: the experiment's folder.
+        plan: its runs, or some of them, as they were started.
+    """
+    source = Path(read_plan(path).source)
+    if not source.is_file():
+        return None
+    keeps = "the run keeps its own settings"
+    try:
+        now = next((found for found in load_plans(source) if found.name == plan.name), None)
+    except InputError as error:
+        return f"{error}; {keeps}"
+    if now is None:
+        return None
+    started, given = plan.runs, now.runs
+    if len(started) < len(read_plan(path).runs):
+        given = {name: experiment for name, experiment in given.items() if name in started}
+    if len(started) == len(given) == 1:  # its seed may be another one, and so its name
+        given = dict(zip(started, given.values(), strict=True))
+    old = {name: _filed(experiment) for name, experiment in started.items()}
+    new = {name: _filed(experiment, started.get(name)) for name, experiment in given.items()}
+    found = _difference(old, new)
+    if found is None:
+        return None
+    key, before, after = found
+    if len(old) == 1:
+        key = key.removeprefix(f"{next(iter(old))}.")
+    if before is None or after is None:
+        what = f"{key} {short(before or after)} is {'new' if before is None else 'no longer'} there"
+    else:
+        what = f"{key} is {short(after)} there by now, here {short(before)}"
+    is_progressive = any(experiment.progressive is not None for experiment in plan.runs.values())
+    return f"{source}: {what}; {keeps}" + ("; new tasks: a new run with columns_from" if is_progressive else "")
+
+
+def _filed(experiment: Experiment, started: Experiment | None = None) -> dict[str, Any]:
+    """An experiment's settings as its file has them; of `columns_from` as it was `started` if that may be the same."""
+    settings = experiment.model_dump(mode="json", exclude={"name"})
+    progressive = settings["progressive"]
+    if progressive is not None:
+        del progressive["source_tasks"]  # `rllib train` fills it in
+        given = progressive["columns_from"]
+        before = started.progressive.columns_from if started is not None and started.progressive is not None else None
+        if given is not None and before is not None and _ends_with(Path(before), Path(given)):
+            progressive["columns_from"] = before
+    return settings
+
+
+def _ends_with(path: Path, given: Path) -> bool:
+    """Whether `given`, from whatever working directory, may be `path` or the folder that `path` is the only run of."""
+    end = tuple(part for part in given.parts if part != "..")
+    return any(place.parts[-len(end) :] == end for place in (path, path.parent) if end)
+
+
 def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
-    """Key path of the first difference, and both values."""
+    """Key path of the first difference, and both values; None is what is missing."""
+    if isinstance(old, list) and isinstance(new, list):
+        for index, (a, b) in enumerate(itertools.zip_longest(old, new)):
+            found = _difference(a, b, f"{where}[{index}]")
+            if found:
+                return found
+        return None
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             found = _difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)

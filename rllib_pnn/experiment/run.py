@@ -54,6 +54,7 @@ from rllib_pnn.experiment.folder import (
     check_storage,
     check_transfer,
     create_experiment,
+    edited,
     find_experiment,
     last_exception,
     lock,
@@ -67,6 +68,7 @@ from rllib_pnn.experiment.progress import Display, RunProgress
 from rllib_pnn.experiment.spec import METRIC_NAMES, METRICS, Experiment, Plan, load_experiment
 from rllib_pnn.network.store import ColumnStore, ColumnStoreError
 from rllib_pnn.registration import register
+from rllib_pnn.text import printable
 from rllib_pnn.training.progressive import OLD_GPUS, make_progressive
 from rllib_pnn.training.trouble import TrainingTrouble
 
@@ -86,12 +88,14 @@ class Outcome:
     """What became of an experiment: its folder and the folders of its runs.
 
     `conclusion`: what a transfer experiment's trials amount to; None for other experiments and for stopped ones.
+    `finished_before`: there was nothing to train.
     """
 
     path: Path
     runs: list[RunFolder]
     stopped_by: int | None = None
     conclusion: Conclusion | None = None
+    finished_before: bool = False
 
     @property
     def failed(self) -> list[RunFolder]:
@@ -141,6 +145,8 @@ def train(
 def resume(path: Path, *, console: Console, ray_address: str | None = None, verbose: bool = False) -> Outcome:
     """Goes on with the unfinished runs of an experiment, or with the one run that `path` is, from the last checkpoints.
 
+    Their settings are those that they were started with; if their file says something else by now, that is told.
+
     Raises:
         InputError: `path` is no experiment or run folder, or it can't run here. Nothing was changed then.
     """
@@ -148,12 +154,15 @@ def resume(path: Path, *, console: Console, ray_address: str | None = None, verb
     experiments = {name: load_experiment(path / name / "experiment.json") for name in names}
     source = next(iter(experiments.values()))[0]
     plan = Plan(read_plan(path).name, source, {name: experiment for name, (_, experiment) in experiments.items()})
+    change = edited(path, plan)
+    if change is not None:
+        console.print(printable(change), markup=False, highlight=False, soft_wrap=True)
     if plan.is_transfer:
         plan = _with_what_it_waits_for(plan, path)
     with lock(path):
         unfinished = {name: e for name, e in plan.runs.items() if RunFolder(path / name).state.status != "finished"}
         if not unfinished and not plan.is_transfer:
-            return Outcome(path, [RunFolder(path / name) for name in names])
+            return Outcome(path, [RunFolder(path / name) for name in names], finished_before=True)
         if not plan.is_transfer:
             plan = Plan(plan.name, source, unfinished)
         with ray_session(ray_address, verbose):
