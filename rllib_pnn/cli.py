@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import gymnasium as gym
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rllib_pnn.analysis.runs import MANIFEST_FILE, RunError, find_columns, home_of
 from rllib_pnn.experiment.environment import prepare_ray
 from rllib_pnn.experiment.errors import InputError, RunFailed, did_you_mean
-from rllib_pnn.experiment.folder import ERROR_FILE, RunFolder, find_runs
+from rllib_pnn.experiment.folder import ERROR_FILE, EXPERIMENT_FILE, PLAN_FILE, RunFolder, find_runs
 from rllib_pnn.experiment.spec import load_plans
 from rllib_pnn.text import printable
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from rllib_pnn.network.store import ColumnStore
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
+EPISODES_TO_MEASURE = 16  # what a task's first observations look like, where its store does not say
 _TEXTS = ("task", "environment", "fingerprint", "name", "shows", "run", "method")  # headers of columns that hold words
 
 # Typer brings its own copy of click and exports this one exception of it; the bases are UsageError and ClickException.
@@ -51,7 +55,8 @@ example_app = typer.Typer(
 app.add_typer(example_app, name="example")
 
 RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder, as `rllib train` printed it.", show_default=False)
+    Path,
+    typer.Argument(metavar="RUN", help="A run folder, as `rllib train` printed it, or a store.", show_default=False),
 ]
 
 
@@ -121,7 +126,7 @@ def evaluate(
     With `--task auto` nobody says which column is to play: it is chosen from the first observations of each episode,
     and the table shows how often that was right.
     """
-    folder = _one_run(run)
+    home = _home(run)
     prepare_ray(verbose=False)
     import torch
 
@@ -129,17 +134,13 @@ def evaluate(
     from rllib_pnn.training.evaluation import evaluate_column
 
     torch.set_num_threads(1)  # threads that wait for each other cost more than a column's arithmetic
-    experiment = folder.experiment
-    if experiment.progressive is None or experiment.env is None:
-        raise InputError(f"{run}: an ordinary RLlib run, expected a progressive one, which stores its columns")
-    store = _store(folder)
+    store, tasks, base, normalize = stored = _stored(home)
     entries = store.entries
     own = {entry.task: index for index, entry in enumerate(entries)}
-    tasks = {spec.name: spec for spec in experiment.progressive.tasks}
     if task == "auto":
         if column is not None:
             raise InputError(f"--column {column}: --task auto chooses the column itself; leave one of them out")
-        return _evaluate_auto(folder, store, episodes, seed, deterministic)
+        return _evaluate_auto(stored, episodes, seed, deterministic)
     if task != "all" and task not in tasks:
         mend = did_you_mean(task, [*tasks, "auto"])
         raise InputError(f"--task {task}: no such task, the run has {', '.join(tasks)}{mend}")
@@ -157,17 +158,18 @@ def evaluate(
     table = _table("task", "column", "episodes", "return", "+-", "shortest", "longest", "at freezing")
     for name in chosen:
         index = own[name] if column is None else column % len(entries)
-        env_config = {**experiment.config.get("env_config", {}), **tasks[name].env_config}
-        with console.status(Text(printable(f"{name}: column {index} plays {episodes} episodes"))):
+        env, env_config = tasks[name]
+        playing = Text(printable(f"{name}: column {index} plays {episodes} episodes"))
+        with _input_errors(), console.status(playing):
             played = evaluate_column(
                 network,
-                experiment.env,
-                env_config,
+                env,
+                {**base, **env_config},
                 column=index,
                 num_episodes=episodes,
                 seed=seed,
                 deterministic=deterministic,
-                normalize_actions=bool(experiment.config.get("normalize_actions", True)),
+                normalize_actions=normalize,
             )
         score = entries[index].score if entries[index].task == name else None
         spread = (sum((r - played.episode_return_mean) ** 2 for r in played.returns) / len(played.returns)) ** 0.5
@@ -221,7 +223,7 @@ def analyze(
     if methods is None:
         known = ("afs", "aps", "both")
         raise InputError(f"--method {method}: expected {', '.join(known)}{did_you_mean(method, known)}")
-    folder = _one_run(run)
+    home = _home(run)
     prepare_ray(verbose=False)
     import torch
 
@@ -243,7 +245,7 @@ def analyze(
             stack.enter_context(ray_session(None, verbose=False))
             settings["map"] = over_ray(lambda done, total: console.print(f"aps: {done} of {total} searches done"))
         summary = analyze_run(
-            folder.path, methods, column=_column(column), out=out, num_episodes=episodes, seed=seed, **settings
+            home, methods, column=_column(column), out=out, num_episodes=episodes, seed=seed, **settings
         )
     console.print(f"column {summary['column']} ({summary['task']}) returns {summary['episode_return_mean']:.2f}")
     for name in methods:
@@ -267,7 +269,7 @@ def prune(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The new store; RUN/pruned/ if not given.")] = None,
 ) -> None:
     """Cut the lateral inputs that carry nothing, into a new column store; the run's own stays as it is."""
-    folder = _one_run(run)
+    home = _home(run)
     import torch
 
     from rllib_pnn.analysis.analyze import prune_run
@@ -275,9 +277,7 @@ def prune(
     torch.set_num_threads(1)
     console = _console()
     with _input_errors(), console.status(Text(printable(f"pruning column {column}"))):
-        summary = prune_run(
-            folder.path, column=_column(column), out=out, max_kl=max_kl, num_episodes=episodes, seed=seed
-        )
+        summary = prune_run(home, column=_column(column), out=out, max_kl=max_kl, num_episodes=episodes, seed=seed)
     table = _table("", "before", "after")
     before, after = summary["lateral_parameters_before"], summary["lateral_parameters_after"]
     cut = f"{after:,} (-{1 - after / before:.0%})" if before else f"{after:,}"
@@ -367,10 +367,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _input_errors() -> Iterator[None]:
-    """The analysis floor says what is wrong with its input in a ValueError of one line."""
+    """The analysis floor says what is wrong with its input in a ValueError of one line, gymnasium in its own errors."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, gym.error.Error) as error:
         raise InputError(str(error)) from error
 
 
@@ -419,6 +419,20 @@ def _examples() -> dict[str, str]:
     return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in files}
 
 
+def _home(path: Path) -> Path:
+    """The folder of the one run that `path` names.
+
+    That of an algorithm which was built in Python has columns alone; a run of `rllib train` has `experiment.json`.
+    """
+    if not any(os.path.lexists(path / name) for name in (EXPERIMENT_FILE, PLAN_FILE)):
+        try:
+            return home_of(path)
+        except RunError as error:
+            if any(path.glob(f"*/{MANIFEST_FILE}")):
+                raise InputError(str(error)) from None  # there are several
+    return _one_run(path).path
+
+
 def _one_run(path: Path) -> RunFolder:
     runs = find_runs(path)
     if len(runs) > 1:
@@ -437,11 +451,51 @@ def _store(folder: RunFolder) -> ColumnStore:
 
 def _stores(path: Path) -> list[tuple[Path, ColumnStore]]:
     """The column stores of a run, of an experiment's runs, or the one that `path` itself is."""
-    from rllib_pnn.network.store import MANIFEST, ColumnStore
+    from rllib_pnn.network.store import ColumnStore
 
-    if (path / MANIFEST).is_file():
-        return [(path, ColumnStore(path))]
-    return [(run.path, _store(run)) for run in find_runs(path)]
+    if os.path.lexists(path / PLAN_FILE):
+        return [(run.path, _store(run)) for run in find_runs(path)]
+    home = _home(path)
+    if os.path.lexists(home / EXPERIMENT_FILE):
+        return [(home, _store(RunFolder(home)))]
+    return [(home, ColumnStore(find_columns(home)))]
+
+
+class _Stored(NamedTuple):
+    """What `rllib evaluate` plays: columns, and each task's environment by its name."""
+
+    store: ColumnStore
+    tasks: dict[str, tuple[str, dict[str, Any]]]
+    env_config: dict[str, Any]
+    """Every task's own is merged over it."""
+    normalize_actions: bool
+
+
+def _stored(home: Path) -> _Stored:
+    """Of a run of `rllib train` as its experiment says, else as the manifest of the store says."""
+    from rllib_pnn.analysis.analyze import refuse_module
+    from rllib_pnn.network.store import ColumnStore
+
+    if os.path.lexists(home / EXPERIMENT_FILE):
+        experiment = RunFolder(home).experiment
+        if experiment.progressive is None or experiment.env is None:
+            raise InputError(f"{home}: an ordinary RLlib run, expected a progressive one, which stores its columns")
+        store = _store(RunFolder(home))
+        tasks = {spec.name: (experiment.env, spec.env_config) for spec in experiment.progressive.tasks}
+        normalize = bool(experiment.config.get("normalize_actions", True))
+        return _Stored(store, tasks, experiment.config.get("env_config", {}), normalize)
+    store = ColumnStore(find_columns(home))
+    # An environment that was given as a class or a function has no name.
+    tasks = {entry.task: (entry.env, entry.env_config) for entry in store.entries if entry.env is not None}
+    for name, (env, _) in tasks.items():
+        with _input_errors():
+            refuse_module(f"{store.path}: column of {name}", env)
+    if not tasks:
+        raise InputError(
+            f"{store.path}: names no environment to play in; from Python, `evaluate_column` of "
+            "rllib_pnn.training.evaluation takes a class or a function"
+        )
+    return _Stored(store, tasks, {}, True)
 
 
 def _console() -> Console:
@@ -467,65 +521,67 @@ def _table(*headers: str) -> Table:
     return table
 
 
-def _evaluate_auto(folder: RunFolder, store: ColumnStore, episodes: int, seed: int, deterministic: bool) -> None:
+def _evaluate_auto(stored: _Stored, episodes: int, seed: int, deterministic: bool) -> None:
     """Every task is played without its name; prints which columns were chosen and how well they did."""
     import numpy as np
 
-    from rllib_pnn.analysis.analyze import task_name
+    from rllib_pnn.analysis.analyze import refuse_module, task_name
     from rllib_pnn.registration import register
     from rllib_pnn.training.evaluation import evaluate_column, evaluate_recognised
     from rllib_pnn.training.recognition import KEY, Recogniser, Statistics, confused_pairs, features_of
 
     register()
-    experiment, entries, network = folder.experiment, store.entries, store.load()
-    normalize = bool(experiment.config.get("normalize_actions", True))
-    base = experiment.config.get("env_config", {})
+    store, _, base, normalize = stored
+    entries, network = store.entries, store.load()
     # A random column of baseline 4 has no task.
     known = {task_name(e.task, e.extra): k for k, e in enumerate(entries) if e.env is not None}
+    with _input_errors():
+        for k in known.values():
+            refuse_module(f"{store.path}: column {k}", str(entries[k].env))
     if len(known) < 2:
         raise InputError(f"--task auto: {store.path} holds {len(known)} column of a known task, expected at least two")
     console = _console()
     size = features_of(np.zeros((1, *network.given_observation_shape)), network.channels_last_input).shape[1]
     statistics: dict[str, Statistics] = {}
-    measured = []
     for name, k in known.items():
         if KEY in entries[k].extra:
             try:
                 statistics[name] = Statistics.from_json(entries[k].extra[KEY])
             except ValueError as error:
                 raise InputError(f"{store.path}: column {k}: extra.{KEY}: {error}") from None
-            # Stores of earlier versions have statistics of the wrong part of (H, W, C) images.
-            if len(statistics[name].mean) == size:
-                continue
-        measured.append(str(k))
-        with console.status(f"{name}: column {k} shows what its task looks like"):
+            if len(statistics[name].mean) != size:
+                del statistics[name]  # stores of earlier versions have those of the wrong part of (H, W, C) images
+    missing = {name: k for name, k in known.items() if name not in statistics}
+    if missing:
+        console.print(
+            f"the store says nothing that fits on the first observations of column "
+            f"{', '.join(map(str, missing.values()))}: {EPISODES_TO_MEASURE} episodes of each are played first",
+            soft_wrap=True,
+        )
+    for name, k in missing.items():
+        with _input_errors(), console.status(f"{name}: column {k} shows what its task looks like"):
             seen = evaluate_column(
                 network,
                 str(entries[k].env),
                 {**base, **entries[k].env_config},
                 column=k,
-                num_episodes=16,
+                num_episodes=EPISODES_TO_MEASURE,
                 seed=seed + 1_000_003,
                 normalize_actions=normalize,
             ).first_steps
         found = seen.statistics() if seen is not None else None
-        assert found is not None  # sixteen episodes were played
+        assert found is not None  # episodes were played
         statistics[name] = found
-    if measured:
-        console.print(
-            f"the store says nothing that fits on the first observations of column {', '.join(measured)}: "
-            "measured just now",
-            soft_wrap=True,
-        )
+        console.print(f"{name}: the first observations of column {k} are measured")
     try:
-        recogniser = Recogniser(list(statistics.values()), len(network.given_observation_shape) > 1)
+        recogniser = Recogniser([statistics[name] for name in known], len(network.given_observation_shape) > 1)
     except ValueError as error:
         raise InputError(f"{store.path}: {error}") from None
     columns, names = list(known.values()), list(known)
     confusion: dict[tuple[str, str], int] = {}
     table = _table("task", *(f"{name} ({k})" for name, k in known.items()), "right %", "return", "at freezing")
     for name, k in known.items():
-        with console.status(f"{name}: {episodes} episodes"):
+        with _input_errors(), console.status(f"{name}: {episodes} episodes"):
             played = evaluate_recognised(
                 network,
                 str(entries[k].env),

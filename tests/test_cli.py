@@ -21,6 +21,7 @@ from rllib_pnn.experiment.folder import RunFolder, create_experiment, edited
 from rllib_pnn.experiment.run import Outcome
 from rllib_pnn.experiment.spec import Plan, load_plans
 from rllib_pnn.network import ColumnStore
+from rllib_pnn.training import evaluation
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -176,9 +177,20 @@ def test_evaluate_any_column_on_any_task(rllib, folder: Path) -> None:
 def test_evaluate_without_naming_the_task(rllib, folder: Path) -> None:
     stored = soup_run(folder)  # a store that knows nothing of observations
     code, out, _ = rllib("evaluate", stored, "--task", "auto", "--episodes", 5)
-    assert code == 0 and "column 0, 1: measured just now" in out
+    announced, first, second, *_ = out.splitlines()
+    assert code == 0 and announced.endswith("of column 0, 1: 16 episodes of each are played first")
+    assert first.startswith("plain: ") and second.startswith("flipped: ") and second.endswith("1 are measured")
     assert re.search(r"^plain +5 +0 +100 ", out, re.M) and re.search(r"^flipped +0 +5 +100 ", out, re.M)
     assert "right in 10 of 10 episodes (100.0 %)" in out and "can't be told apart" not in out
+
+
+def test_what_takes_long_is_announced_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluation, "evaluate_column", lambda *_, **__: pytest.fail("plays"))
+    with pytest.raises(pytest.fail.Exception, match="plays"):
+        cli.main(["evaluate", str(soup_run(folder)), "--task", "auto"])
+    assert "16 episodes of each are played first" in capsys.readouterr().out
 
 
 def test_tasks_that_look_alike_are_said_to(rllib, folder: Path) -> None:
@@ -202,7 +214,7 @@ def test_statistics_of_other_observations_are_measured_anew(rllib, folder: Path)
     data["columns"][0]["extra"]["first_observations"] = {"count": 9, "mean": "0 0", "std": "1 1"}
     manifest.write_text(json.dumps(data))
     code, out, _ = rllib("evaluate", stored, "--task", "auto", "--episodes", 2)
-    assert code == 0 and "column 0, 1: measured just now" in out and "right in 4 of 4 episodes" in out
+    assert code == 0 and "of column 0, 1: 16 episodes of each" in out and "right in 4 of 4 episodes" in out
 
 
 @pytest.mark.parametrize("wrong", [{"count": 9, "mean": "0 0"}, {"count": 9, "mean": "0 0", "std": "1"}, "nothing"])
@@ -224,6 +236,72 @@ def test_auto_and_a_column_contradict(rllib, folder: Path) -> None:
 def test_a_single_episode_has_no_standard_error(rllib, folder: Path) -> None:
     code, out, _ = rllib("prune", soup_run(folder), "--column", "flipped", "--episodes", 1)
     assert code == 0 and re.search(r"^ *return over 1 episode +[0-9.]+ \+- - +[0-9.]+ \+- -\s*$", out, re.M), out
+
+
+@pytest.fixture
+def python_run(folder: Path) -> Path:
+    """What `make_progressive(...).build_algo()` leaves: columns, and nothing of `rllib train`."""
+    shutil.copytree(soup_run(folder) / "columns", folder / "python" / "columns")
+    return Path("python")
+
+
+@pytest.mark.parametrize("part", ["", "columns"])
+def test_columns_of_a_run_from_python(part: str, rllib, folder: Path, python_run: Path) -> None:
+    stored = next(Path("runs").glob("*/seed_0"))
+    code, out, _ = rllib("columns", python_run / part)
+    assert code == 0 and out.startswith("python/columns: 2 columns, fingerprints verified")
+    evaluated = rllib("evaluate", python_run / part, "--episodes", 2)
+    assert evaluated == rllib("evaluate", stored, "--episodes", 2) and evaluated[0] == 0
+    code, out, _ = rllib("evaluate", python_run / part, "--task", "auto", "--episodes", 2)
+    assert code == 0 and "right in 4 of 4 episodes" in out
+    code, out, _ = rllib("analyze", python_run / part, "--episodes", 1)
+    assert code == 0 and "wrote python/analysis/column_001/afs.json" in out
+    code, out, _ = rllib("prune", python_run / part, "--episodes", 1)
+    assert code == 0 and "wrote python/pruned/column_001" in out
+    assert sorted(path.name for path in python_run.iterdir()) == ["analysis", "columns", "pruned"]
+
+
+def test_a_store_of_another_name_keeps_what_is_made_of_it(rllib, folder: Path) -> None:
+    shutil.copytree(soup_run(folder) / "columns", folder / "store")
+    code, out, _ = rllib("analyze", "store", "--episodes", 1)
+    assert code == 0 and "wrote store/analysis/column_001/afs.json" in out
+
+
+def test_what_a_run_from_python_does_not_have(rllib, folder: Path, python_run: Path) -> None:
+    code, _, err = rllib("report", python_run)
+    assert code == 2 and "python: no experiment.json here or below, python/columns is a column store" in err
+    code, _, err = rllib("train", "--resume", python_run)
+    assert code == 2 and "python/columns is a column store, which `columns_from` of a new run takes" in err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "evaluate --task auto", "analyze", "prune"])
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ("evil_module:CartPole-v1", "names a module"),
+        ("mine/Mine-v0", "Namespace mine not found"),
+        (None, "environment"),
+    ],
+)
+def test_environments_that_the_command_can_not_make(
+    env: str | None, words: str, command: str, rllib, folder: Path, python_run: Path
+) -> None:
+    manifest = python_run / "columns" / "manifest.json"
+    data = json.loads(manifest.read_text())
+    for entry in data["columns"]:
+        entry["env"] = env
+    manifest.write_text(json.dumps(data))
+    name, *options = command.split()
+    code, _, err = rllib(name, python_run, *options, "--episodes", 1)
+    assert code == 2 and err.count("\n") == 1 and words in err, err
+
+
+def test_several_runs_from_python(rllib, folder: Path, python_run: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(python_run, folder / "trials" / name)
+    for command in ("columns", "evaluate", "analyze"):
+        code, _, err = rllib(command, "trials")
+        assert code == 2 and "trials: holds 2 runs, choose one: trials/a, trials/b" in err
 
 
 def test_examples(rllib) -> None:

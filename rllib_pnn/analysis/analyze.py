@@ -18,7 +18,7 @@ from rllib_pnn.analysis.fisher import average_fisher_sensitivity
 from rllib_pnn.analysis.perturbation import average_perturbation_sensitivity
 from rllib_pnn.analysis.prune import prune_laterals
 from rllib_pnn.analysis.rollouts import Rollout, column_index, column_of, play
-from rllib_pnn.analysis.runs import EXPERIMENT_FILE, read_experiment, read_json
+from rllib_pnn.analysis.runs import EXPERIMENT_FILE, find_columns, home_of, read_experiment, read_json
 from rllib_pnn.analysis.sensitivity import METHODS, Sensitivity, agreement
 from rllib_pnn.analysis.transfer import known_floor
 from rllib_pnn.files import write_whole
@@ -48,7 +48,7 @@ def analyze_run(
     there, and, where layer 1 is a convolution, the most used filters as `filters.json` and `filters.png`.
 
     Args:
-        run: a run folder, with the columns in its `columns/`.
+        run: a run folder, with the columns in its `columns/`, or a column store.
         methods: of `afs` and `aps`.
         column: whose policy, by index or by its task's name.
         out: a folder; by default `analysis/column_NNN` in the run folder, where `write_report` looks.
@@ -69,9 +69,10 @@ def analyze_run(
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods:
         raise ValueError(f"methods: expected one or more of {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}")
-    subject = _subject(Path(run), column)
+    run = home_of(run)
+    subject = _subject(run, column)
     network, k = subject.network, subject.column
-    folder = Path(out) if out is not None else _inside(Path(run), ANALYSIS_FOLDER, f"column_{k:03d}")
+    folder = Path(out) if out is not None else _inside(run, ANALYSIS_FOLDER, f"column_{k:03d}")
     found: dict[str, Sensitivity] = {}
     rollout = subject.play(num_episodes, seed, num_states, num_envs)
     summary: dict[str, Any] = {
@@ -139,7 +140,7 @@ def prune_run(
     own store stays as it is.
 
     Args:
-        run: a run folder.
+        run: a run folder or a column store.
         column: whose laterals, by index or by its task's name.
         out: folder of the new store, which must not exist; by default `pruned/column_NNN` in the run folder.
         max_kl: how far the policy may move, see `prune_laterals`.
@@ -155,9 +156,10 @@ def prune_run(
     Raises:
         ValueError: with one line.
     """
-    subject = _subject(Path(run), column)
+    run = home_of(run)
+    subject = _subject(run, column)
     k = subject.column
-    folder = Path(out) if out is not None else _inside(Path(run), "pruned", f"column_{k:03d}")
+    folder = Path(out) if out is not None else _inside(run, "pruned", f"column_{k:03d}")
     if folder.exists():
         raise ValueError(f"{folder}: exists already; a store is never overwritten, give another folder")
     rollout = subject.play(num_episodes, seed, num_states, num_envs)
@@ -268,12 +270,10 @@ class _Subject:
 
 
 def _subject(run: Path, column: int | str) -> _Subject:
-    if not run.is_dir():
-        raise ValueError(f"{run}: no such folder, expected a run folder of `rllib train`")
-    store = ColumnStore(run / "columns")
+    store = ColumnStore(find_columns(run))
     entries = store.entries
     if not entries:
-        raise ValueError(f"{run}: no column is frozen yet (columns/manifest.json), nothing to analyze")
+        raise ValueError(f"{store.path}: no column is frozen yet")
     names = tuple(task_name(entry.task, entry.extra) for entry in entries)
     if isinstance(column, str):
         if column not in names:
@@ -282,15 +282,13 @@ def _subject(run: Path, column: int | str) -> _Subject:
     network = store.load()
     k = column_index(network, column)
     entry = entries[k]
-    env = entry.env or str(read_experiment(run).get("env") or "")
+    where = f"{run}: column {k} ({names[k]})"
+    env = entry.env
+    if env is None and (run / EXPERIMENT_FILE).is_file():
+        env = read_experiment(run).get("env")
     if not env:
-        raise ValueError(f"{run}: column {k} ({names[k]}): neither the store nor experiment.json names its environment")
-    module = env.rpartition(":")[0]
-    if module and module not in sys.modules:
-        raise ValueError(
-            f"{run}: column {k} ({names[k]}): its environment {env!r} names a module, which making it would import; "
-            "expected the id of a registered environment"
-        )
+        raise ValueError(f"{where}: neither the store nor {EXPERIMENT_FILE} names its environment")
+    refuse_module(where, env)
     return _Subject(network, k, env, dict(entry.env_config), names[: k + 1], tuple(entries), _normalizes_actions(run))
 
 
@@ -300,6 +298,16 @@ def _normalizes_actions(run: Path) -> bool:
         return True
     config = read_experiment(run).get("config") or {}
     return bool(config.get("normalize_actions", True)) if isinstance(config, dict) else True
+
+
+def refuse_module(where: str, env: str) -> None:
+    """Raises `ValueError` for an environment's id that would import a module: it may come from a stranger's file."""
+    module = env.rpartition(":")[0]
+    if module and module != "ale_py" and module not in sys.modules:
+        raise ValueError(
+            f"{where}: its environment {env!r} names a module, which making it would import; expected the id of a "
+            "registered environment"
+        )
 
 
 def task_name(task: str, extra: dict[str, Any]) -> str:

@@ -158,7 +158,15 @@ def find_runs(paths: Iterable[Path | str]) -> list[Path]:
             continue
         below = sorted(file.parent for file in path.rglob(EXPERIMENT_FILE))
         if not below:
-            raise RunError(f"{path}: no {EXPERIMENT_FILE} here or below; expected a run folder of `rllib train`")
+            stores = [
+                file.parent
+                for name in ("manifest.json", MANIFEST_FILE, f"*/{MANIFEST_FILE}")
+                for file in path.glob(name)
+            ]
+            found_instead = f", {stores[0]} is a column store, which has no learning curve" if stores else ""
+            raise RunError(
+                f"{path}: no {EXPERIMENT_FILE} here or below{found_instead}; expected a run folder of `rllib train`"
+            )
         found.update(dict.fromkeys(below))
     return list(found)
 
@@ -184,6 +192,15 @@ def find_columns(path: str | os.PathLike[str]) -> Path:
     if not os.path.lexists(manifest):
         raise RunError(f"{runs[0]}: no column is frozen yet (there is no {MANIFEST_FILE})")
     return manifest.parent
+
+
+def home_of(path: str | os.PathLike[str]) -> Path:
+    """The folder around the column store that `path` names, where a run keeps what is made of its columns.
+
+    A store that is not called `columns` is its own. Raises `RunError` as `find_columns` does.
+    """
+    store = find_columns(path)
+    return store.parent if store.name == Path(MANIFEST_FILE).parent.name else store
 
 
 def _is_run(path: Path) -> bool:

@@ -378,6 +378,9 @@ def find_runs(path: Path) -> list[RunFolder]:
         raise InputError(f"{path}: a file, expected a run folder of `rllib train`")
     below = sorted(file.parent for file in path.glob(f"*/{PLAN_FILE}"))
     mend = f"; did you mean {below[-1]}?" if below else ""
+    stores = [store for store in (path, path / COLUMNS_FOLDER) if (store / "manifest.json").is_file()]
+    if stores:
+        mend = f"; {stores[0]} is a column store, which `columns_from` of a new run takes"
     raise InputError(
         f"{path}: holds neither {EXPERIMENT_FILE} nor {PLAN_FILE}, expected a run folder of `rllib train`{mend}"
     )
