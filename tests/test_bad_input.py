@@ -19,7 +19,7 @@ from rllib_pnn.experiment.algorithm import Cluster
 from rllib_pnn.experiment.folder import lock
 from rllib_pnn.registration import register
 
-REAL_RAY = run._ray
+REAL_RAY = run.ray_session
 
 CARTPOLE = """\
 cartpole:
@@ -280,7 +280,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         with run._quiet(verbose):
             yield
 
-    monkeypatch.setattr(run, "_ray", connected)
+    monkeypatch.setattr(run, "ray_session", connected)
     monkeypatch.setattr(Cluster, "connected", lambda: Cluster(({"CPU": 2.0},)))
     monkeypatch.setattr(run, "_run", lambda *arguments: pytest.fail("was not refused"))
 
@@ -358,7 +358,7 @@ def test_bad_arguments(
     arguments, words = ARGUMENTS[name]
     stored = str(soup_run(folder))
     if "--ray-address" in arguments:
-        monkeypatch.setattr(run, "_ray", REAL_RAY)
+        monkeypatch.setattr(run, "ray_session", REAL_RAY)
         monkeypatch.setattr(ray, "is_initialized", lambda: False)
         monkeypatch.setattr(ray, "init", lambda address, **_: (_ for _ in ()).throw(ConnectionError("unreachable")))
     line = refuse(capsys, *[stored if word == "RUN" else word for word in arguments])

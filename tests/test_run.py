@@ -23,8 +23,8 @@ from rllib_pnn.experiment.environment import prepare_ray
 from rllib_pnn.experiment.errors import InputError
 from rllib_pnn.experiment.folder import CheckpointRecord, ResultLog, RunFolder, create_experiment
 from rllib_pnn.experiment.progress import Display, RunProgress
-from rllib_pnn.experiment.run import _ray as connected
 from rllib_pnn.experiment.run import _StopAt, _with_sources, make_config, resume, train
+from rllib_pnn.experiment.run import ray_session as connected
 from rllib_pnn.experiment.spec import Plan, load_plans
 from rllib_pnn.network import ColumnStore
 from rllib_pnn.registration import register
