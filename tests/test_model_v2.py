@@ -358,7 +358,7 @@ def test_save_column_refuses_a_changed_frozen_column(store: ColumnStore, tmp_pat
         ({"seed": 1.5}, "seed: expected a whole number from 0, got 1.5"),
         ({"num_columns": 1}, "num_columns: 1 of what.*"),
         ({"columns_from": 7}, "columns_from: expected the path .*, got 7"),
-        ({"columns_from": "/no/such/store"}, "columns_from: /no/such/store: holds no columns; .*"),
+        ({"columns_from": "/no/such/store"}, "columns_from: /no/such/store: no such folder.*"),
         ({"column": "atari"}, ".*convolution.*"),
     ],
 )
