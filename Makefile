@@ -21,8 +21,8 @@ reproduce-pong-soup: $(READY)  ## Table 1's Pong Soup rows; stop it at any time,
 	$(BIN)/rllib train -f tuned_examples/pong_soup_table.yaml
 	$(BIN)/rllib report runs/pong-soup-table -o runs/pong-soup-table/report.html
 
-test: $(READY)
-	$(BIN)/python -m pytest
+test: $(READY)  ## on all cores; a file of tests runs in one process
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

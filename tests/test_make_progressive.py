@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import threading
 import time
 
@@ -530,6 +531,16 @@ def test_bad_settings_give_one_line(settings, message):
             "multi-agent",
         ),
         (lambda: PPOConfig().environment("CartPol-v1"), "^env: .*; did you mean 'CartPole-v1'"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make_progressive(make(), tasks=[{"name": "a"}], column="mlp")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
         (lambda: config().resources(num_gpus=1), r"^config\.num_gpus: would .*'num_gpus_per_learner'"),
         (lambda: config().training(model={"fcnet_hiddens": [64]}), r"^config\.model: fcnet_hiddens would"),
         (lambda: config().training(model={"max_seq_len": 5}), r"^config\.model: max_seq_len .* model_config's"),
@@ -537,9 +548,9 @@ def test_bad_settings_give_one_line(settings, message):
         (lambda: config().rl_module(model_config=DefaultModelConfig(use_lstm=True)), "model_config: use_lstm would"),
     ],
 )
-def test_configs_that_do_not_fit_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make_progressive(make(), tasks=[{"name": "a"}], column="mlp")
+def test_settings_that_nothing_reads_are_told(make, message, caplog):
+    make_progressive(make(), tasks=[{"name": "a"}], column="mlp", check_spaces=False)
+    assert [record for record in caplog.records if re.search(message, record.getMessage())]
 
 
 @pytest.mark.parametrize("algorithm", CONFIGS)

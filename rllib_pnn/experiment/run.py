@@ -69,7 +69,7 @@ from rllib_pnn.experiment.spec import METRIC_NAMES, METRICS, Experiment, Plan, l
 from rllib_pnn.network.store import ColumnStore, ColumnStoreError
 from rllib_pnn.registration import register
 from rllib_pnn.text import printable
-from rllib_pnn.training.progressive import OLD_GPUS, make_progressive
+from rllib_pnn.training.progressive import OLD_GPUS, ignored_settings, make_progressive
 from rllib_pnn.training.trouble import TrainingTrouble
 
 CHECKPOINT_EVERY_S = 60.0
@@ -194,6 +194,8 @@ def make_config(
     if columns_from is not None:
         arguments["columns_from"] = str(columns_from)
     tasks = [task.model_dump(exclude_none=True) for task in progressive.tasks]
+    for line in ignored_settings(config):
+        raise plan.progressive_error(ValueError(line))
     try:
         return make_progressive(config, tasks=tasks, **arguments)
     except ColumnStoreError as error:

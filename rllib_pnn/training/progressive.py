@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,8 @@ from rllib_pnn.training.task_env_runner import task_env_runner_class
 from rllib_pnn.training.tasks import Task, parse_tasks
 
 MAX_SEQ_LEN = 20  # steps of a sequence in train batches of recurrent columns; RLlib's own default
+logger = logging.getLogger(__name__)
+
 OLD_GPUS = "would be ignored: the old API stack alone reads it; did you mean 'num_gpus_per_learner'?"
 _DEFAULTS = AlgorithmConfig()
 # Where a config has RLlib's defaults: with those, an EnvRunner whose node is lost costs 30 s in every iteration, and an
@@ -121,6 +124,8 @@ def make_progressive(
     if isinstance(evaluation_episodes, bool) or not isinstance(evaluation_episodes, int) or evaluation_episodes < 0:
         raise ValueError(f"evaluation_episodes: expected a whole number from 0, got {evaluation_episodes!r}")
     _check_config(config)
+    for line in ignored_settings(config):
+        logger.warning(line)
 
     base_env_config = dict(config.env_config)
     merged = [Task(t.name, base_env_config | dict(t.env_config), t.until) for t in parsed]
@@ -230,13 +235,16 @@ def _check_config(config: AlgorithmConfig) -> None:
         raise ValueError("config: a progressive network has one agent; multi-agent configs are not supported")
     if config.env is None:
         raise ValueError("config: no environment; call `config.environment('rllib_pnn/PongSoup-v0')` first")
+
+
+def ignored_settings(config: AlgorithmConfig) -> list[str]:
+    """A line for each setting that a progressive network does not read: those of RLlib's own networks and `num_gpus`.
+
+    `rllib train` refuses them; `make_progressive` warns, since a pipeline that it is put into has them for other uses.
+    """
+    found = []
     if config.num_gpus and config.num_gpus != type(config)().num_gpus:  # IMPALA's own is 1
-        raise ValueError(f"config.num_gpus: {OLD_GPUS}")
-    _check_model(config)
-
-
-def _check_model(config: AlgorithmConfig) -> None:
-    """Refuses settings of RLlib's own networks, which nothing would read."""
+        found.append(f"config.num_gpus: {OLD_GPUS}")
     given = config._model_config
     given = given if isinstance(given, Mapping) else dataclasses.asdict(given)
     usual = dataclasses.asdict(DefaultModelConfig())
@@ -251,10 +259,11 @@ def _check_model(config: AlgorithmConfig) -> None:
             if key != fine and not key.startswith("_") and (key not in defaults or defaults[key] != value)
         ]
         if other:
-            raise ValueError(
+            found.append(
                 f"config.{name}: {', '.join(other)} would be ignored: `progressive.column` (`column` of "
                 "make_progressive) says what the network is; model_config's max_seq_len alone is read"
             )
+    return found
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
