@@ -287,6 +287,26 @@ def test_a_killed_env_runner_is_replaced_and_no_gradient_applied_twice(asynchron
     assert len(dropped) == 4 and not any(dropped.values()), dropped
 
 
+def test_settling_bears_the_loss_of_an_env_runner_with_two_requests() -> None:
+    config = make_config(num_env_runners=2).fault_tolerance(restart_failed_env_runners=True)
+    algo = config.env_runners(max_requests_in_flight_per_env_runner=2).build_algo()
+    try:
+        algo.train()
+        victim = algo.env_runner_group._worker_manager._actors[1]
+        assert sorted(request.actor_id for request in algo._requests.values()) == [1, 1, 2, 2]
+        victim.apply.remote(lambda runner: time.sleep(60))
+        algo._requests = {ref: request for ref, request in algo._requests.items() if request.actor_id == 2}
+        algo._fill(1)  # behind what it is busy with, so that neither is done when it dies
+        ray.kill(victim)
+        algo.settle()
+        assert not algo._requests
+        for _ in range(3):
+            result = algo.train()
+        assert learner_result(result)["num_gradients_applied_lifetime"] >= 30
+    finally:
+        algo.stop()
+
+
 def test_gradients_on_their_way_do_not_survive_a_restore(asynchronous: A3C, tmp_path: Path) -> None:
     algo = asynchronous
     algo.train()

@@ -21,7 +21,7 @@ from rllib_pnn.experiment.folder import RunFolder, last_exception
 from rllib_pnn.experiment.run import train
 from rllib_pnn.experiment.spec import load_plans
 from rllib_pnn.network import ColumnStore
-from rllib_pnn.training.learner import NUM_UPDATES_SKIPPED, results_of, total_norm
+from rllib_pnn.training.learner import NUM_UPDATES_SKIPPED, AddTaskIndex, results_of, total_norm
 from rllib_pnn.training.progressive import make_progressive
 from rllib_pnn.training.trouble import TrainingTrouble
 
@@ -140,6 +140,17 @@ def test_an_exception_in_impalas_thread_is_not_waited_for_for_ever(tmp_path, mon
         learner = made.learner_group._learner
         monkeypatch.setattr(learner, "compute_losses", lambda **_: 1 / 0)
         with pytest.raises(TrainingTrouble, match=r"task 'good' .*: ZeroDivisionError: division by zero"):
+            for _ in range(50):
+                made.train()
+    finally:
+        made.stop()
+
+
+def test_batches_that_do_not_name_their_task_end_training(tmp_path, monkeypatch):
+    made = poisoned(tmp_path, "IMPALA", num_env_runners=1).build_algo()
+    try:
+        monkeypatch.setattr(AddTaskIndex, "__call__", lambda self, *, batch, **_: batch)
+        with pytest.raises(TrainingTrouble, match="batches come without the task they were played on"):
             for _ in range(50):
                 made.train()
     finally:

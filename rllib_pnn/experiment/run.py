@@ -194,8 +194,8 @@ def make_config(
     if columns_from is not None:
         arguments["columns_from"] = str(columns_from)
     tasks = [task.model_dump(exclude_none=True) for task in progressive.tasks]
-    for line in ignored_settings(config):
-        raise plan.progressive_error(ValueError(line))
+    if ignored := ignored_settings(config):
+        raise plan.progressive_error(ValueError(ignored[0]))
     try:
         return make_progressive(config, tasks=tasks, **arguments)
     except ColumnStoreError as error:

@@ -647,8 +647,8 @@ class A3C(Algorithm):
         What is counted afterwards belongs to what the EnvRunners do next. `ProgressiveCallback` calls this between
         freezing a column and adding the next, when the Learner takes no gradient any more.
         """
-        for ref in list(self._requests):
-            self._take_gradient(ref, go_on=False)
+        while self._requests:  # a lost EnvRunner takes all of its own along
+            self._take_gradient(next(iter(self._requests)), go_on=False)
         if self.config.num_env_runners > 0:
             late = self.env_runner_group.foreach_env_runner(lambda runner: runner.get_metrics(), local_env_runner=False)
             self.metrics.aggregate(late, key=ENV_RUNNER_RESULTS)

@@ -196,9 +196,9 @@ class ProgressiveLearnerMixin(Learner):
         """The module's state between two updates; what still trains is a copy."""
         with self._growth_lock:
             state = self.progressive_module.get_state(inference_only=inference_only)
-            trained = [entry for entry in state["columns"] if entry["fingerprint"] is None]
-            for holder in trained:
-                holder["parameters"] = {name: np.array(p) for name, p in holder["parameters"].items()}
+            for entry in state["columns"]:
+                if entry["fingerprint"] is None:
+                    entry["parameters"] = {name: np.array(p) for name, p in entry["parameters"].items()}
             if "target" in state:
                 state["target"] = {name: np.array(p) for name, p in state["target"].items()}
             return state
@@ -255,21 +255,9 @@ class ProgressiveLearnerMixin(Learner):
     @override(Learner)
     def _update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
         with self._growth_lock:
-            indices = batch[DEFAULT_MODULE_ID].get(TASK_INDEX)
-            if indices is None:
-                raise ValueError(
-                    "learner_connector: batches come without the task they were played on; set the config's "
-                    "connectors and aggregators before make_progressive(), which adds it"
-                )
-            is_old = bool((indices != self.progressive_module.task_index).any())
-            frozen = self.progressive_module.network.columns[-1].is_frozen
-            if self._one_skips(is_old or frozen or self._trouble is not None):
-                if is_old:
-                    self.metrics.log_value(
-                        (ALL_MODULES, NUM_ENV_STEPS_DROPPED), int(np.prod(indices.shape)), reduce="lifetime_sum"
-                    )
-                return {}, {}, {}
             try:
+                if self._one_skips(self._has_nothing_to_learn_from(batch)):
+                    return {}, {}, {}
                 return super()._update(batch, **kwargs)
             except Exception as error:
                 if not isinstance(self.config, IMPALAConfig):
@@ -278,6 +266,21 @@ class ProgressiveLearnerMixin(Learner):
                 logger.exception("update failed")
                 self._trouble = f"{self.position()}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 return {}, {}, {}
+
+    def _has_nothing_to_learn_from(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a batch is of another task, or nothing trains here any more."""
+        indices = batch[DEFAULT_MODULE_ID].get(TASK_INDEX)
+        if indices is None:
+            raise ValueError(
+                "learner_connector: batches come without the task they were played on; set the config's connectors "
+                "and aggregators before make_progressive(), which adds it"
+            )
+        if bool((indices != self.progressive_module.task_index).any()):
+            self.metrics.log_value(
+                (ALL_MODULES, NUM_ENV_STEPS_DROPPED), int(np.prod(indices.shape)), reduce="lifetime_sum"
+            )
+            return True
+        return self.progressive_module.network.columns[-1].is_frozen or self._trouble is not None
 
     def _one_skips(self, skips: bool) -> bool:
         """Whether any Learner skips this update. The others would wait for its gradients for ever."""
