@@ -443,16 +443,20 @@ def test_tune_knows_the_name() -> None:
     assert tune.registry.get_trainable_cls("A3C") is A3C
 
 
-def test_a_sequence_of_tasks_grows_columns(tmp_path: Path) -> None:
-    config = make_config(num_env_runners=1, gradients_per_training_step=5)
-    config.env_runners(max_requests_in_flight_per_env_runner=2)
-    config = make_progressive(
-        config,
+def two_tasks(tmp_path: Path, *, gradients_per_training_step: int, evaluation_episodes: int) -> A3CConfig:
+    """One EnvRunner, columns of eight units, 300 steps a task."""
+    return make_progressive(
+        make_config(num_env_runners=1, gradients_per_training_step=gradients_per_training_step),
         tasks=[{"name": name, "until": {"num_env_steps": 300}} for name in ("first", "second")],
         column=[{"dense": 8}],
         column_store=tmp_path / "columns",
-        evaluation_episodes=1,
+        evaluation_episodes=evaluation_episodes,
     )
+
+
+def test_a_sequence_of_tasks_grows_columns(tmp_path: Path) -> None:
+    config = two_tasks(tmp_path, gradients_per_training_step=5, evaluation_episodes=1)
+    config.env_runners(max_requests_in_flight_per_env_runner=2)
     algo = config.build_algo()
     try:
         results = []
@@ -478,14 +482,7 @@ def test_a_sequence_of_tasks_grows_columns(tmp_path: Path) -> None:
 
 def test_what_was_done_on_a_task_is_counted_to_it(tmp_path: Path) -> None:
     """An EnvRunner reports once a training step; what it did since comes late at a switch."""
-    config = make_config(num_env_runners=1, gradients_per_training_step=40)
-    config = make_progressive(
-        config,
-        tasks=[{"name": name, "until": {"num_env_steps": 300}} for name in ("first", "second")],
-        column=[{"dense": 8}],
-        column_store=tmp_path / "columns",
-        evaluation_episodes=0,
-    )
+    config = two_tasks(tmp_path, gradients_per_training_step=40, evaluation_episodes=0)
     algo = config.build_algo()
     try:
         for _ in range(10):
