@@ -84,8 +84,9 @@ def learner_result(result: dict[str, Any]) -> dict[str, Any]:
 # -- the update ------------------------------------------------------------------------------------------------------
 
 
-def test_rmsprop_update_equals_the_equations() -> None:
-    learner = make_learner(lr=0.01, grad_clip=2.0, optimizer={"type": "rmsprop", "alpha": 0.9, "eps": 1e-3})
+@pytest.mark.parametrize("kind", ["rmsprop", "rmsprop_tf"])
+def test_rmsprop_update_equals_the_equations(kind: str) -> None:
+    learner = make_learner(lr=0.01, grad_clip=2.0, optimizer={"type": kind, "alpha": 0.9, "eps": 1e-3})
     theta = learner.current_weights().values.astype(np.float64)
     average = np.zeros_like(theta)
     for scale in (1.0, 1e-3):  # the first kind is clipped, the second is not
@@ -94,7 +95,8 @@ def test_rmsprop_update_equals_the_equations() -> None:
             g = gradient.astype(np.float64)
             g = g * min(1.0, 2.0 / np.linalg.norm(g))
             average = 0.9 * average + 0.1 * g**2
-            theta = theta - 0.01 * g / (np.sqrt(average) + 1e-3)
+            root = np.sqrt(average + 1e-3) if kind == "rmsprop_tf" else np.sqrt(average) + 1e-3
+            theta = theta - 0.01 * g / root
             np.testing.assert_allclose(weights.values, theta, rtol=1e-4, atol=1e-6)
     assert weights.version == 6
 
@@ -515,7 +517,9 @@ def test_what_was_done_on_a_task_is_counted_to_it(tmp_path: Path) -> None:
         (lambda c: c.training(lambda_=1.5), "lambda_"),
         (lambda c: c.training(vf_loss_coeff=-1.0), "vf_loss_coeff"),
         (lambda c: c.training(entropy_coeff=[[5, 0.1], [10, 0.0]]), "entropy_coeff"),
-        (lambda c: c.training(optimizer={"type": "sgd"}), "'rmsprop' or 'adam'"),
+        (lambda c: c.training(optimizer={"type": "sgd"}), "'rmsprop' or 'rmsprop_tf' or 'adam'"),
+        (lambda c: c.training(optimizer={"type": "rmsprop_tf", "epsilon": 0.1}), "'epsilon'"),
+        (lambda c: c.training(optimizer={"type": "rmsprop", "eps": -1}), "epsilon value: -1"),
         (lambda c: c.training(max_gradient_staleness=-1), "max_gradient_staleness"),
         (lambda c: c.training(gradients_per_training_step=0), "gradients_per_training_step"),
         (lambda c: c.learners(num_aggregator_actors_per_learner=1), "num_aggregator_actors_per_learner"),

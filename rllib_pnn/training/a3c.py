@@ -71,14 +71,16 @@ from rllib_pnn.training.a3c_env_runner import (
     episode_callbacks,
 )
 from rllib_pnn.training.learner import results_of
+from rllib_pnn.training.rmsprop import RMSPropTF
 from rllib_pnn.training.trouble import TrainingTrouble
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZERS = {"rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam}
+OPTIMIZERS = {"rmsprop": torch.optim.RMSprop, "rmsprop_tf": RMSPropTF, "adam": torch.optim.Adam}
 # `foreach` and `fused` change how torch computes the update, not what.
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "rmsprop": {"alpha": 0.99, "eps": 1e-5, "foreach": True},
+    "rmsprop_tf": {"alpha": 0.99, "eps": 1e-5},
     "adam": {"eps": 1e-5, "fused": True},
 }
 _UNSET: Any = NotProvided  # RLlib's "not given", typed so that signatures can say what is expected
@@ -145,7 +147,8 @@ class A3CConfig(AlgorithmConfig):
                 those until `min_time_s_per_iteration` has passed. `"auto"`: 8 per EnvRunner, at least 64.
             kwargs: those of `AlgorithmConfig.training`, among them `lr`, `gamma`, `grad_clip`, `grad_clip_by` and
                 `optimizer`: `{"type": "rmsprop", "alpha": 0.99, "eps": 1e-5}` or `{"type": "adam", "eps": 1e-5}`
-                plus any keyword of torch's class.
+                plus any keyword of torch's class, or `{"type": "rmsprop_tf", "alpha": 0.99, "eps": 1e-5}`: epsilon
+                inside the root, as in the paper (`RMSPropTF`).
         """
         super().training(**kwargs)
         if lambda_ is not NotProvided:
@@ -256,6 +259,10 @@ class A3CConfig(AlgorithmConfig):
                 f"`optimizer` ({self.optimizer}) must have 'type' {' or '.join(map(repr, OPTIMIZERS))}, got "
                 f"{self.optimizer_type!r}."
             )
+        try:
+            OPTIMIZERS[self.optimizer_type]([torch.zeros(1)], lr=0.0, **self.optimizer_arguments)
+        except (TypeError, ValueError) as error:
+            self._value_error(f"`optimizer` ({self.optimizer}) is refused by its class: {error}.")
         self._check_count("max_gradient_staleness", least=0)
         self._check_count("gradients_per_training_step", least=1)
         if uncalled := [name for name in episode_callbacks(self) if name != "on_episode_end"]:
