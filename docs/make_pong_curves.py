@@ -1,6 +1,6 @@
 """Learning curves of several runs in one figure: return against environment steps and against wall clock.
 
-    python docs/make_pong_curves.py --out docs/results/pong_ppo "lr down in 1M"=RUN/seed_0 "lr down in 1M"=RUN/seed_1 ...
+    python docs/make_pong_curves.py --out docs/results/pong_ppo LABEL=RUN/seed_0 LABEL=RUN/seed_1 ...
 
 Reads `result.json` of every run folder; runs of one label share a colour. Writes `curves.csv` (a row about every
 10,000 steps) and `curves.png`; without runs, the figure alone, from the CSV that is there.
