@@ -22,10 +22,10 @@ from rich.text import Text
 
 from rllib_pnn.analysis.runs import MANIFEST_FILE, RunError, find_columns, home_of
 from rllib_pnn.experiment.environment import prepare_ray
-from rllib_pnn.experiment.errors import InputError, RunFailed, did_you_mean
+from rllib_pnn.experiment.errors import InputError, RunFailed
 from rllib_pnn.experiment.folder import ERROR_FILE, EXPERIMENT_FILE, PLAN_FILE, RunFolder, find_runs
 from rllib_pnn.experiment.spec import load_plans
-from rllib_pnn.text import printable
+from rllib_pnn.text import did_you_mean, printable
 
 if TYPE_CHECKING:
     from rllib_pnn.experiment.conclude import Conclusion

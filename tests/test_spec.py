@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from rllib_pnn.experiment import spec
-from rllib_pnn.experiment.errors import InputError, did_you_mean
+from rllib_pnn.experiment.errors import InputError
 from rllib_pnn.experiment.source import key_path, read_yaml
 from rllib_pnn.experiment.spec import Plan, load_experiment, load_plans
+from rllib_pnn.text import did_you_mean
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "tuned_examples").glob("*.yaml"))
 

@@ -5,7 +5,6 @@ Lab, which can't be pip-installed. Environment and vector give the same pixels f
 Ray. Departures from DeepMind Lab: docs/labyrinth.md.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -19,6 +18,7 @@ from gymnasium.vector.utils import batch_space
 
 from rllib_pnn.envs.labyrinth_engine import RENDER_SIZE, TURN_PER_TIC, Engine
 from rllib_pnn.envs.labyrinth_levels import LEVELS, TICS_PER_SECOND, Level
+from rllib_pnn.text import did_you_mean
 
 # Name -> buttons of the engine (forward, back, strafe left, strafe right, degrees to the right per tic).
 ACTIONS: dict[str, list[float]] = {
@@ -305,8 +305,7 @@ def to_observation(frame: np.ndarray, size: int = 84) -> np.ndarray:
 
 def _find_level(name: str) -> Level:
     if name not in LEVELS:
-        close = difflib.get_close_matches(str(name), LEVELS, n=1)
-        mend = f"; did you mean {close[0]!r}?" if close else ""
+        mend = did_you_mean(name, LEVELS)
         raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {name!r}{mend}")
     return LEVELS[name]
 

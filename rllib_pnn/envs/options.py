@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from rllib_pnn.text import did_you_mean
 
 
 def reject_unknown(env_id: str, unknown: Mapping[str, Any], constructor: Any) -> None:
@@ -54,9 +55,9 @@ def check_flag(env_id: str, name: str, value: Any) -> bool:
 
 
 def _suggestion(value: Any, known: list[str]) -> str:
-    near = difflib.get_close_matches(str(value).lower(), known, n=1)
-    if near:
-        return f"did you mean {near[0]!r}?"
+    mend = did_you_mean(value, known)
+    if mend:
+        return mend.removeprefix("; ")
     if len(known) > 30:
         return f"none of the {len(known)} known names is close (such as {', '.join(known[:3])})"
     return f"expected one of {', '.join(known)}"

@@ -9,13 +9,14 @@ Cheap to import on purpose: the env classes are named, not imported. No torch, n
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
 from gymnasium.envs.registration import register, registry
+
+from rllib_pnn.text import did_you_mean
 
 ENV_IDS = (
     "rllib_pnn/PongSoup-v0",
@@ -75,10 +76,8 @@ def _is_of_ale(env_id: str) -> bool:
 
 def unknown_id(env_id: str, error: Exception) -> str:
     """gymnasium's complaint about an id in one line, with the id that was meant if one is close."""
-    known = {name.lower(): name for name in registry}
-    known |= {name.lower().rpartition("/")[2]: name for name in ENV_IDS}  # without its namespace
-    close = difflib.get_close_matches(env_id.lower(), known, n=1, cutoff=0.75)
-    mend = f"; did you mean '{known[close[0]]}'?" if close else ""
+    without_namespace = {name.rpartition("/")[2]: name for name in ENV_IDS}
+    mend = did_you_mean(env_id, registry, without_namespace, cutoff=0.75)
     return " ".join(str(error).split()).split(" Did you mean")[0].rstrip(".") + mend
 
 

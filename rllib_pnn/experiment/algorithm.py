@@ -27,10 +27,10 @@ from ray.rllib.env.env_context import EnvContext
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
 from rllib_pnn.envs.registry import full_id, unknown_id
-from rllib_pnn.experiment.errors import InputError, did_you_mean
+from rllib_pnn.experiment.errors import InputError
 from rllib_pnn.experiment.source import KeyPath
 from rllib_pnn.experiment.spec import SECTIONS, Experiment, Plan
-from rllib_pnn.text import one_line, short
+from rllib_pnn.text import did_you_mean, one_line, short
 
 AUTO = "auto"
 

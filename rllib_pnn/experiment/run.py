@@ -45,7 +45,7 @@ from rllib_pnn.analysis.analyze import task_name
 from rllib_pnn.analysis.runs import RunError, find_columns
 from rllib_pnn.experiment.algorithm import Cluster, build_config, check_env, complaint
 from rllib_pnn.experiment.conclude import Conclusion, conclude
-from rllib_pnn.experiment.errors import InputError, RunFailed, did_you_mean
+from rllib_pnn.experiment.errors import InputError, RunFailed
 from rllib_pnn.experiment.folder import (
     ERROR_FILE,
     CheckpointRecord,
@@ -68,7 +68,7 @@ from rllib_pnn.experiment.progress import Display, RunProgress
 from rllib_pnn.experiment.spec import METRIC_NAMES, METRICS, Experiment, Plan, load_experiment
 from rllib_pnn.network.store import ColumnStore, ColumnStoreError
 from rllib_pnn.registration import register
-from rllib_pnn.text import printable
+from rllib_pnn.text import did_you_mean, printable
 from rllib_pnn.training.progressive import OLD_GPUS, ignored_settings, make_progressive
 from rllib_pnn.training.trouble import TrainingTrouble
 

@@ -21,10 +21,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from rllib_pnn.experiment.errors import InputError, did_you_mean
+from rllib_pnn.experiment.errors import InputError
 from rllib_pnn.experiment.grid import BASELINES_OF_ONE_COLUMN, Trial, grid_of
 from rllib_pnn.experiment.source import KeyPath, Source, as_word, read_yaml
-from rllib_pnn.text import short
+from rllib_pnn.text import did_you_mean, short
 
 # What `run` may name: the algorithms of RLlib's registry and this package's own. The progressive ones learn by policy
 # gradient on RLlib's new API stack, which is what a progressive module is made for.

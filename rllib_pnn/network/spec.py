@@ -6,11 +6,12 @@ themselves. Layers are numbered from 1 as in the paper: layer 1 reads the observ
 
 from __future__ import annotations
 
-import difflib
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
+
+from rllib_pnn.text import did_you_mean
 
 # Far above any sensible column; a specification read from a stranger's file must not allocate the machine away.
 MAX_LAYERS = 64
@@ -117,7 +118,9 @@ class ColumnSpec:
         if isinstance(value, str):
             if value not in _PRESETS:
                 known = ", ".join(_PRESETS)
-                raise ValueError(f"column: unknown preset {_short(value)}, known are {known}{_mend(value, _PRESETS)}")
+                raise ValueError(
+                    f"column: unknown preset {_short(value)}, known are {known}{did_you_mean(value, _PRESETS)}"
+                )
             return _PRESETS[value]
         if isinstance(value, Mapping):
             extra = set(value) - {"name", "layers"}
@@ -148,7 +151,9 @@ def _parse_layer(number: int, layer: Any) -> Layer:
         raise ValueError(f"{where}: expected one of conv, dense, lstm as a key, got {_short(layer)}")
     kind, arguments = next(iter(layer.items()))
     if kind not in _LAYERS:
-        raise ValueError(f"{where}: unknown kind {_short(kind)}, known are conv, dense, lstm{_mend(kind, _LAYERS)}")
+        raise ValueError(
+            f"{where}: unknown kind {_short(kind)}, known are conv, dense, lstm{did_you_mean(kind, _LAYERS)}"
+        )
     known = fields(_LAYERS[kind])
     names = [field.name for field in known]
     if isinstance(arguments, int | float):
@@ -163,17 +168,12 @@ def _parse_layer(number: int, layer: Any) -> Layer:
         raise ValueError(f"{where}: {kind}: expected numbers, got {_short(arguments)}")
     for name in arguments:
         if name not in names:
-            mend = _mend(name, names)
+            mend = did_you_mean(name, names)
             raise ValueError(f"{where}: {kind}: unknown key {_short(name)}, known are {', '.join(names)}{mend}")
     missing = [f.name for f in known if f.default is MISSING and f.name not in arguments]
     if missing:
         raise ValueError(f"{where}: {kind}: {' and '.join(missing)} missing; known are {', '.join(names)}")
     return _LAYERS[kind](**arguments)
-
-
-def _mend(word: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word)[:100], known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _short(value: Any) -> str:

@@ -26,7 +26,6 @@ observation, evaluation of every column, the typical pixel found by itself.
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import math
 import os
@@ -45,6 +44,7 @@ from torch import Tensor, nn
 from rllib_pnn.network.adapter import LATERALS
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.store import ColumnEntry, ColumnStore
+from rllib_pnn.text import did_you_mean
 from rllib_pnn.training.progressive import _check_choice, _source_store
 from rllib_pnn.training.rl_module import ARCHITECTURES, grow, num_outputs_of, observation_shape_of
 
@@ -336,9 +336,8 @@ def _reject_unknown(unknown: Mapping[str, Any]) -> None:
     for key in unknown:
         parameters = inspect.signature(ProgressiveTorchModelV2).parameters.values()
         known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        close = difflib.get_close_matches(key, known, n=1)
-        mend = f"did you mean '{close[0]}'?" if close else f"expected some of {', '.join(known)}"
-        raise ValueError(f"unknown key '{key}'; {mend}")
+        mend = did_you_mean(key, known) or f"; expected some of {', '.join(known)}"
+        raise ValueError(f"unknown key '{key}'{mend}")
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -11,7 +11,6 @@ This is the one call that an existing pipeline needs:
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import os
 import sys
@@ -39,6 +38,7 @@ from rllib_pnn.network.adapter import LATERALS
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.spec import ColumnSpec
 from rllib_pnn.network.store import ColumnStore
+from rllib_pnn.text import did_you_mean
 from rllib_pnn.training.a3c import A3CConfig
 from rllib_pnn.training.array_connectors import use_array_pipeline
 from rllib_pnn.training.callback import ProgressiveCallback
@@ -268,8 +268,7 @@ def ignored_settings(config: AlgorithmConfig) -> list[str]:
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        mend = f"; did you mean '{close[0]}'?" if close else ""
+        mend = did_you_mean(value, choices)
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{mend}")
 
 

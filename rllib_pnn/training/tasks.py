@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from rllib_pnn.text import did_you_mean
 
 _UNTIL_KEYS = ("episode_return_mean", "num_env_steps")
 _TASK_KEYS = ("name", "env_config", "until")
@@ -96,6 +97,4 @@ def parse_tasks(tasks: Sequence[Task | Mapping[str, Any]]) -> tuple[Task, ...]:
 
 
 def _unknown(key: object, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(key), known, n=1)
-    mend = f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"
-    return f"unknown key '{key}'{mend}"
+    return f"unknown key '{key}'" + (did_you_mean(key, known) or f"; known are {', '.join(known)}")
