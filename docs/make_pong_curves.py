@@ -43,7 +43,7 @@ def rows_of(label: str, run: Path) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
     labels = list(dict.fromkeys(row["label"] for row in rows))
     for label, seed in dict.fromkeys((row["label"], row["seed"]) for row in rows):
         curve = [row for row in rows if (row["label"], row["seed"]) == (label, seed)]
@@ -57,7 +57,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set(xlabel=label, ylim=(-21.5, 21.5))
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("return, mean of the last 50 episodes")
-    panels[0].legend(frameon=False)
+    figure.legend(
+        handles=panels[0].get_legend_handles_labels()[0],
+        loc="outside lower center",
+        ncols=min(3, len(labels)),
+        frameon=False,
+    )
     figure.savefig(path, dpi=130)
 
 
