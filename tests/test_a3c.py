@@ -520,6 +520,7 @@ def test_what_was_done_on_a_task_is_counted_to_it(tmp_path: Path) -> None:
         (lambda c: c.training(optimizer={"type": "sgd"}), "'rmsprop' or 'rmsprop_tf' or 'adam'"),
         (lambda c: c.training(optimizer={"type": "rmsprop_tf", "epsilon": 0.1}), "'epsilon'"),
         (lambda c: c.training(optimizer={"type": "rmsprop", "eps": -1}), "epsilon value: -1"),
+        (lambda c: c.training(optimizer={"type": "rmsprop_tf", "alpha": 1.0}), "rmsprop_tf: expected .* 1.0"),
         (lambda c: c.training(max_gradient_staleness=-1), "max_gradient_staleness"),
         (lambda c: c.training(gradients_per_training_step=0), "gradients_per_training_step"),
         (lambda c: c.learners(num_aggregator_actors_per_learner=1), "num_aggregator_actors_per_learner"),

@@ -100,17 +100,9 @@ class FlatParameters:
     @torch.no_grad()
     def write(self, values: np.ndarray) -> None:
         """Sets the parameters; `values` may be read-only."""
-        plain = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in self.parameters)
-        if not plain:  # one way to the device, not one a parameter
-            np.copyto(self._buffer.numpy(), values)
-            for parameter, part in zip(self.parameters, self.split(self._buffer), strict=True):
-                parameter.copy_(part)
-            return
-        start = 0
-        for parameter in self.parameters:
-            end = start + parameter.numel()
-            np.copyto(parameter.detach().numpy(), values[start:end].reshape(parameter.shape))
-            start = end
+        np.copyto(self._buffer.numpy(), values)
+        for parameter, part in zip(self.parameters, self.split(self._buffer), strict=True):
+            parameter.copy_(part)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views of a (size,) vector in the parameters' shapes."""
@@ -160,7 +152,7 @@ class Rollout:
     last_obs: Tensor  # (N, ...)
     state: Any  # before the first step; None if feed-forward
     last_state: Any
-    features: dict[str, Tensor]  # (T, N, ...), the module's `frozen_features`; reused by the next rollout
+    features: dict[str, Tensor]  # (T, N, ...), the module's `frozen_features`
     last_features: dict[str, Tensor]  # of last_obs, as the module gave them
     # SAME_STEP: (t, n, obs, state) of truncations, whose last observation the env has replaced.
     final: list[tuple[int, int, Tensor, Any]]
@@ -212,7 +204,6 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         self._has_learner_state = False
         self._restart_rollouts = self._env_is_new = True
         self._obs_buffer: Tensor | None = None
-        self._features: dict[str, Tensor] = {}
         # Where the next rollout goes on: observations and recurrent states (N, ...), and which envs reset next (N,).
         self._obs: np.ndarray = np.empty(0)
         self._state: Any = None
@@ -363,7 +354,6 @@ class A3CEnvRunner(SingleAgentEnvRunner):
 
     def _forget_layout(self) -> None:
         self._layout = None
-        self._features.clear()
         self._last_features = None
         self._has_learner_state = False
 
@@ -397,6 +387,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         valid = np.empty((length, num_envs), dtype=bool)
         resets = np.empty((length, num_envs), dtype=bool)
         actions: list[Tensor] = []
+        features: list[dict[str, Tensor]] = []
         final: list[tuple[int, int, Tensor, Any]] = []
         first_state = self._state
 
@@ -404,8 +395,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             obs[t].copy_(torch.from_numpy(self._obs))
             batch = self._make_batch(obs[t], self._state)
             batch_features = self._frozen_features(batch)
-            for key, feature in self._per_step(batch_features, recurrent).items():
-                self._feature_buffer(key, feature)[t] = feature
+            features.append(self._per_step(batch_features, recurrent))
             batch.update(batch_features)
             out = module.forward_exploration(batch, t=self.num_env_steps_sampled_lifetime)
             logits = out[Columns.ACTION_DIST_INPUTS]
@@ -450,7 +440,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             last_obs=last_obs,
             state=first_state,
             last_state=self._state,
-            features=dict(self._features),
+            features={key: torch.stack([f[key] for f in features]) for key in features[0]},
             last_features=last_features,
             final=final,
         )
@@ -587,14 +577,6 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         if self._last_features is not None:
             return self._last_features
         return dict(self.module.frozen_features(batch)) if hasattr(self.module, "frozen_features") else {}
-
-    def _feature_buffer(self, key: str, feature: Tensor) -> Tensor:
-        """Where a rollout keeps a feature, (T, N, ...): copied while it is in the cache, into memory that is reused."""
-        shape = (self._rollout_length, *feature.shape)
-        kept = self._features.get(key)
-        if kept is None or kept.shape != shape or kept.dtype != feature.dtype:
-            kept = self._features[key] = feature.new_empty(shape)
-        return kept
 
     @staticmethod
     def _per_step(features: Mapping[str, Tensor], recurrent: bool) -> dict[str, Tensor]:

@@ -56,9 +56,9 @@ from rllib_pnn.training.rl_module import (
 from rllib_pnn.training.task_env_runner import task_env_runner_class
 from rllib_pnn.training.tasks import Task, parse_tasks
 
-MAX_SEQ_LEN = 20  # steps of a sequence in train batches of recurrent columns; RLlib's own default
 logger = logging.getLogger(__name__)
 
+MAX_SEQ_LEN = 20  # steps of a sequence in train batches of recurrent columns; RLlib's own default
 OLD_GPUS = "would be ignored: the old API stack alone reads it; did you mean 'num_gpus_per_learner'?"
 _DEFAULTS = AlgorithmConfig()
 # Where a config has RLlib's defaults: with those, an EnvRunner whose node is lost costs 30 s in every iteration, and an

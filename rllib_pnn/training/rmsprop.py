@@ -32,7 +32,7 @@ class RMSPropTF(Optimizer):
         self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, alpha: float = 0.99, eps: float = 1e-5
     ) -> None:
         if not (lr >= 0 and eps >= 0 and 0 <= alpha < 1):
-            raise ValueError(f"rmsprop_tf: expected lr, eps >= 0 and alpha in [0, 1), got {lr}, {eps} and {alpha}")
+            raise ValueError(f"rmsprop_tf: expected lr and eps >= 0, alpha in [0, 1), got {lr}, {eps}, {alpha}")
         super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
 
     @torch.no_grad()
