@@ -50,7 +50,7 @@ def test_the_atari_column_has_the_papers_shapes() -> None:
         "policy.bias": (3,),
         "value.weight": (1, 256),
         "value.bias": (1,),
-        # alpha one a source column, V from the concatenation to one column's width, U like the layer itself.
+        # alpha one a source column, V from the concatenation to the narrower of two layers, U like the layer itself.
         "laterals.2.scale": (2,),
         "laterals.2.project_layer.weight": (12, 24, 1, 1),
         "laterals.2.project_layer.bias": (12,),
@@ -60,9 +60,9 @@ def test_the_atari_column_has_the_papers_shapes() -> None:
         "laterals.3.project_layer.bias": (12,),
         "laterals.3.out.weight": (12, 12, 3, 3),
         "laterals.4.scale": (2,),
-        "laterals.4.project_layer.weight": (588, 1176),
-        "laterals.4.project_layer.bias": (588,),
-        "laterals.4.out.weight": (256, 588),
+        "laterals.4.project_layer.weight": (256, 1176),
+        "laterals.4.project_layer.bias": (256,),
+        "laterals.4.out.weight": (256, 256),
         "laterals.policy.scale": (2,),
         "laterals.policy.project_layer.weight": (256, 512),
         "laterals.policy.project_layer.bias": (256,),

@@ -9,8 +9,13 @@ A lateral connection brings the activations of all earlier columns, `h_{i-1}^{<k
 |---|---|
 | `sources` | h_{i-1}^{<k}, the concatenation over columns j < k |
 | `scale` | alpha_{i-1}^{<k}, one learned scalar a source column |
-| `project` | V_i^k with g = ReLU, to the width of one column |
+| `project` | V_i^k with g = ReLU, to the smaller of n_{i-1} and n_i features |
 | `out` | U_i^k, whose result is added to the layer's own pre-activation |
+
+The paper gives V's width twice: its text says "an n_i dimensional subspace", so that laterals have parameters of the
+order of a column's own, its formula R^{n_{i-1} x n_{i-1}^{<k}}. They differ most where a dense layer reads flattened
+maps (588 to 256 in the `atari` column): n_{i-1} would make V alone more than twice a whole column a source. Heads have
+too few outputs to be a width: there it is n_{i-1}.
 
 Both end in a linear map U, so they share one interface: `project(sources)` gives what U reads. An LSTM layer takes
 that into its own input weights (U then has one row block a gate), every other layer calls the lateral itself.
@@ -107,7 +112,7 @@ class Adapter(nn.Module):
 
     Args:
         source_widths: features of layer i-1 of every earlier column; maps where V is a 1x1 convolution.
-        width: features that V projects to, those of layer i-1 of the new column.
+        width: features that V projects to.
         out: U, a bias-free map from `width` features to this layer's pre-activation; None where an LSTM owns U.
         scale: initial alpha, the same for every source column.
         convolutional: V is a 1x1 convolution over maps (B, C, H, W) instead of a dense map over (B, C).

@@ -178,13 +178,15 @@ class Column(nn.Module):
         if isinstance(layer, Conv):
             widths = [s[0] for s in sources]
             adapter = self.layout.lateral == "adapter"
-            in_maps = below[0] if adapter else sum(widths)
+            width = min(below[0], layer.channels)
+            in_maps = width if adapter else sum(widths)
             out = nn.Conv2d(in_maps, layer.channels, layer.kernel, layer.stride, layer.padding, bias=False)
             if adapter:
-                return Adapter(widths, below[0], out, scale=self.layout.lateral_scale, convolutional=True)
+                return Adapter(widths, width, out, scale=self.layout.lateral_scale, convolutional=True)
             return LinearLateral(widths, out)
         out_features = None if isinstance(layer, LSTM) else layer.units
-        return self._dense_lateral([math.prod(s) for s in sources], math.prod(below), out_features)
+        width = min(math.prod(below), layer.units)
+        return self._dense_lateral([math.prod(s) for s in sources], width, out_features)
 
     def _dense_lateral(self, widths: list[int], width: int, out_features: int | None) -> Lateral:
         adapter = self.layout.lateral == "adapter"
