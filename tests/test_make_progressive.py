@@ -89,6 +89,22 @@ def train_until(algorithm, condition, limit=200):
 # -- the four algorithms -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("algorithm", ["PPO", "A3C"])
+def test_a_seed_does_not_fill_new_tensors(tmp_path, algorithm):
+    def memory_settings(_):  # a closure: pickled by value, for actors can't import this file
+        from torch.utils import deterministic
+
+        return torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+
+    made = progressive(tmp_path, algorithm, num_env_runners=1, num_learners=1).build_algo()
+    try:
+        assert made.env_runner_group.foreach_env_runner(memory_settings, local_env_runner=False) == [(True, False)]
+        learners = made.learner_group.foreach_learner(memory_settings)
+        assert [learner.get() for learner in learners] == [(True, False)]
+    finally:
+        made.stop()
+
+
 @pytest.mark.parametrize(
     ("algorithm", "num_env_runners", "num_learners"),
     [("PPO", 1, 0), ("PPO", 0, 2), ("APPO", 1, 0), ("IMPALA", 1, 1), ("A3C", 1, 0)],

@@ -45,7 +45,7 @@ from ray.rllib.utils.spaces.space_utils import clip_action, unsquash_action
 from ray.rllib.utils.typing import ResultDict, StateDict
 from torch import Tensor, nn
 
-from rllib_pnn.network.memory import keep_freed_memory
+from rllib_pnn.network.memory import lean_memory
 from rllib_pnn.training.a3c_loss import a3c_loss, n_step_advantages
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         if kwargs.get("worker_index"):
             # A process of its own: other EnvRunners have the other cores.
             torch.set_num_threads(1)
-            keep_freed_memory()
+            lean_memory()
         self._vector_env: Any = None
         self._next_step_reset = True
         self._layout: FlatParameters | None = None

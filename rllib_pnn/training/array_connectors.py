@@ -49,7 +49,7 @@ from ray.rllib.utils.numpy import convert_to_numpy
 from ray.rllib.utils.typing import EpisodeType
 from torch import Tensor
 
-from rllib_pnn.network.memory import keep_freed_memory
+from rllib_pnn.network.memory import lean_memory
 
 logger = logging.getLogger(__name__)
 
@@ -333,7 +333,7 @@ class ArrayLearnerMixin(Learner):
 
     @override(Learner)
     def build(self) -> None:
-        keep_freed_memory()
+        lean_memory()
         threads = spare_threads(self.config)
         if threads is not None:
             torch.set_num_threads(threads)

@@ -62,7 +62,7 @@ from ray.rllib.utils.spaces.space_utils import clip_action, unsquash_action
 from ray.rllib.utils.spaces.space_utils import unbatch as unbatch_items
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 
-from rllib_pnn.network.memory import keep_freed_memory
+from rllib_pnn.network.memory import lean_memory
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
     - without an `on_episode_end` callback, chunks of unfinished episodes are remembered for the metrics as length,
       return and duration instead of with all their observations. A callback class that is content with these three of
       its `prev_episode_chunks` says so by the attribute `needs_whole_chunks = False`;
-    - a remote runner uses one torch thread per CPU it was given and keeps freed memory (`keep_freed_memory`).
+    - a remote runner uses one torch thread per CPU it was given and keeps freed memory (`lean_memory`).
 
     Anything that needs the single steps falls back to the parent's loop and says so once in the log:
     connectors of one's own, an `on_episode_step` callback, `episodes_to_numpy=False`, observation or action
@@ -125,7 +125,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
         # The local runner shares its process with the Learner, whose business threads and memory are.
         if self.worker_index:
             torch.set_num_threads(max(1, int(self.config.num_cpus_per_env_runner)))
-            keep_freed_memory()
+            lean_memory()
 
     @override(SingleAgentEnvRunner)
     def _sample(

@@ -37,7 +37,7 @@ from ray.rllib.utils.annotations import override
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from ray.rllib.utils.typing import EpisodeType, ParamDict, StateDict
 
-from rllib_pnn.network.memory import keep_freed_memory
+from rllib_pnn.network.memory import lean_memory
 from rllib_pnn.training.rl_module import MODEL_CONFIG_KEY, ProgressiveRLModule
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class ProgressiveLearnerMixin(Learner):
 
     @override(Learner)
     def build(self) -> None:
-        keep_freed_memory()
+        lean_memory()
         # Guards the module's columns and optimizer: IMPALA's Learner updates in a thread of its own.
         self._growth_lock = threading.RLock()
         self._task_env_steps = 0

@@ -28,7 +28,7 @@ from ray.rllib.utils.metrics import (
 from ray.rllib.utils.typing import StateDict
 
 import rllib_pnn.envs.registry  # noqa: F401  # an EnvRunner's process has to know the ids
-from rllib_pnn.network.memory import keep_freed_memory
+from rllib_pnn.network.memory import lean_memory
 from rllib_pnn.training.learner import note_task
 from rllib_pnn.training.rl_module import MODEL_CONFIG_KEY, ProgressiveRLModule
 
@@ -61,7 +61,7 @@ class TaskEnvRunnerMixin(SingleAgentEnvRunner):
 
     @override(SingleAgentEnvRunner)
     def __init__(self, **kwargs: Any) -> None:
-        keep_freed_memory()
+        lean_memory()
         super().__init__(**kwargs)
         # What an evaluation config says of the environments beside the task; it holds on all of them.
         first = self._task_env_config(0)

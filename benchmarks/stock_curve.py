@@ -1,0 +1,86 @@
+"""A learning curve of stock RLlib on Pong, to stand beside this package's in docs/results/pong_ppo.
+
+How to run:
+
+    python benchmarks/stock_curve.py --like docs/results/pong_ppo/pong.yaml --out runs/stock-ppo
+    python benchmarks/stock_curve.py --like tuned_examples/pong_soup_impala.yaml --out runs/stock-impala
+
+Takes algorithm, settings and first task of the file's experiment; RLlib's own EnvRunners, connectors and Learner train
+the column as anybody would write it (`rllib_throughput.PlainColumn`) on the same native vector env. Stops when the mean
+return of the last `metrics_num_episodes_for_smoothing` episodes is that of the task's `until`, at its steps, or after
+`--minutes`. `result.json` in `OUT/seed_N` has a line an iteration, which docs/make_pong_curves.py reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from rllib_throughput import PlainColumn
+
+from rllib_pnn.envs.registry import create_env
+from rllib_pnn.experiment.algorithm import Cluster, build_config
+from rllib_pnn.experiment.spec import load_plans
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--like", type=Path, required=True, help="a tuned example of one environment with tasks")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=60.0, help="of training, at most")
+    args = parser.parse_args()
+
+    plan = load_plans(args.like)[0]
+    experiment = next(iter(plan.runs.values()))
+    task = experiment.progressive.tasks[0]
+    stock = experiment.model_copy(update={"progressive": None})
+    tune.register_env(stock.env, lambda context: create_env(stock.env, context))
+    folder = args.out / f"seed_{args.seed}"
+    folder.mkdir(parents=True)
+
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    config = build_config(plan, stock, Cluster.connected())
+    config.environment(env_config=dict(task.env_config))
+    config.env_runners(gym_env_vectorize_mode="vector_entry_point")
+    config.rl_module(rl_module_spec=RLModuleSpec(module_class=PlainColumn))
+    config.debugging(seed=args.seed, log_level="ERROR")
+    algorithm = config.build_algo()
+    with (folder / "result.json").open("w") as file:
+        while not _is_over(result := algorithm.train(), task.until, args.minutes):
+            _write(result, file)
+        _write(result, file)
+    algorithm.stop()
+    ray.shutdown()
+
+
+def _is_over(result: dict[str, Any], until: Any, minutes: float) -> bool:
+    found = result["env_runners"]
+    return (
+        found.get("episode_return_mean", float("-inf")) >= until.episode_return_mean
+        or found["num_env_steps_sampled_lifetime"] >= until.num_env_steps
+        or result["time_total_s"] >= 60 * minutes
+    )
+
+
+def _write(result: dict[str, Any], file: Any) -> None:
+    found = result["env_runners"]
+    row = {
+        "env_runners": {key: found.get(key) for key in ("num_env_steps_sampled_lifetime", "episode_return_mean")},
+        "time_total_s": result["time_total_s"],
+        "date": time.strftime("%F %T"),
+    }
+    file.write(json.dumps(row, default=float) + "\n")
+    file.flush()
+    print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
