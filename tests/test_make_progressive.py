@@ -30,6 +30,7 @@ from ray.rllib.utils.metrics import (
 from small_algorithms import CONFIGS, small_config
 
 import rllib_pnn
+from rllib_pnn.envs.cartpole_soup import CartPoleSoupVectorEnv
 from rllib_pnn.network import ColumnStore
 from rllib_pnn.training import callback
 from rllib_pnn.training.evaluation import ColumnEvaluation, evaluate_column, make_vector_env
@@ -87,6 +88,21 @@ def train_until(algorithm, condition, limit=200):
 
 
 # -- the four algorithms -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [{}, {"gym_env_vectorize_mode": gym.VectorizeMode.SYNC}])
+def test_environments_of_the_package_step_together(tmp_path, given):
+    made = progressive(tmp_path, config=config().env_runners(**given)).build_algo()
+    try:
+        assert isinstance(made.env_runner.env.unwrapped, CartPoleSoupVectorEnv)
+    finally:
+        made.stop()
+
+
+@pytest.mark.parametrize("mode", ["async", gym.VectorizeMode.ASYNC])
+def test_another_way_to_step_environments_stays(tmp_path, mode):
+    made = progressive(tmp_path, config=config().env_runners(gym_env_vectorize_mode=mode))
+    assert made.gym_env_vectorize_mode == mode
 
 
 @pytest.mark.parametrize("algorithm", ["PPO", "A3C"])
