@@ -60,7 +60,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.legend(
         handles=panels[0].get_legend_handles_labels()[0],
         loc="outside lower center",
-        ncols=min(3, len(labels)),
+        ncols=min(3 if max(map(len, labels)) < 30 else 2, len(labels)),
         frameon=False,
     )
     figure.savefig(path, dpi=130)
