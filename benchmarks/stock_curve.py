@@ -16,16 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from rllib_throughput import PlainColumn
 
-from rllib_pnn.envs.registry import create_env
+import rllib_pnn
 from rllib_pnn.experiment.algorithm import Cluster, build_config
 from rllib_pnn.experiment.spec import load_plans
 
@@ -42,7 +40,7 @@ def main() -> None:
     experiment = next(iter(plan.runs.values()))
     task = experiment.progressive.tasks[0]
     stock = experiment.model_copy(update={"progressive": None})
-    tune.register_env(stock.env, lambda context: create_env(stock.env, context))
+    rllib_pnn.register()
     folder = args.out / f"seed_{args.seed}"
     folder.mkdir(parents=True)
 
@@ -53,10 +51,12 @@ def main() -> None:
     config.rl_module(rl_module_spec=RLModuleSpec(module_class=PlainColumn))
     config.debugging(seed=args.seed, log_level="ERROR")
     algorithm = config.build_algo()
+    over = False
     with (folder / "result.json").open("w") as file:
-        while not _is_over(result := algorithm.train(), task.until, args.minutes):
+        while not over:
+            result = algorithm.train()
             _write(result, file)
-        _write(result, file)
+            over = _is_over(result, task.until, args.minutes)
     algorithm.stop()
     ray.shutdown()
 
@@ -72,10 +72,9 @@ def _is_over(result: dict[str, Any], until: Any, minutes: float) -> bool:
 
 def _write(result: dict[str, Any], file: Any) -> None:
     found = result["env_runners"]
-    row = {
+    row = {  # what of a result the figure needs, under RLlib's own keys
         "env_runners": {key: found.get(key) for key in ("num_env_steps_sampled_lifetime", "episode_return_mean")},
         "time_total_s": result["time_total_s"],
-        "date": time.strftime("%F %T"),
     }
     file.write(json.dumps(row, default=float) + "\n")
     file.flush()

@@ -194,7 +194,8 @@ def make_progressive(
     progressive.learners(learner_class=progressive_learner_class(learner_class))
     env_runner_class: Any = _env_runner_class(config)
     progressive.env_runners(env_runner_cls=task_env_runner_class(env_runner_class))
-    if config.env in ENV_IDS and _vectorize_mode(config) == "sync":
+    # RLlib takes names, which its default is, and gymnasium's enumeration.
+    if config.env in ENV_IDS and gym.VectorizeMode(config.gym_env_vectorize_mode) is gym.VectorizeMode.SYNC:
         # The same observations, all environments of an EnvRunner stepped together.
         progressive.env_runners(gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT)
     for name, seconds in _FAULT_TOLERANCE.items():
@@ -307,19 +308,13 @@ def _look_at_tasks(config: AlgorithmConfig, tasks: Sequence[Task]) -> tuple[gym.
     return *common, pixels
 
 
-def _vectorize_mode(config: AlgorithmConfig) -> str:
-    """Its name: RLlib takes names, which its default is, and gymnasium's enumeration."""
-    mode = config.gym_env_vectorize_mode
-    return mode.value if isinstance(mode, gym.VectorizeMode) else str(mode)
-
-
 def _make_env(config: AlgorithmConfig, task: Task) -> Any:
     creator: Any = config.env
     if isinstance(creator, str) and _global_registry.contains(ENV_CREATOR, creator):
         creator = _global_registry.get(ENV_CREATOR, creator)
     if isinstance(creator, str):
         return gym.make(full_id(creator), **dict(task.env_config))
-    if _vectorize_mode(config) == "vector_entry_point":
+    if gym.VectorizeMode(config.gym_env_vectorize_mode) is gym.VectorizeMode.VECTOR_ENTRY_POINT:
         return make_vector_env(creator, task.env_config, 1)
     return creator(EnvContext(dict(task.env_config), worker_index=0))
 
