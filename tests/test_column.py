@@ -75,6 +75,27 @@ def test_the_atari_column_has_the_papers_shapes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("spec", "width"),
+    [
+        ([{"conv": [6, 3]}, {"conv": [4, 3]}], 4),
+        ([{"conv": [4, 3]}, {"conv": [6, 3]}], 4),
+        ([{"dense": 6}, {"dense": 4}], 4),
+        ([{"dense": 4}, {"dense": 6}], 4),
+        ([{"dense": 6}, {"lstm": 4}], 4),
+        ([{"dense": 4}, {"lstm": 6}], 4),
+        ([{"conv": [2, 3]}, {"dense": 100}], 72),  # 2 maps of 6 x 6
+    ],
+)
+def test_v_projects_to_the_narrower_of_two_layers(spec: list, width: int) -> None:
+    column = fresh(layout(spec, (1, 8, 8) if "conv" in spec[0] else (5,), sources=3))
+    lateral = column.laterals["2"]
+    assert lateral.projected_width == width
+    assert len(lateral.project_layer.weight) == width
+    reads = column.layers[1].input_size if "lstm" in spec[1] else lateral.out.weight.shape[1]
+    assert reads == width + (spec[0]["dense"] if "lstm" in spec[1] else 0)
+
+
+@pytest.mark.parametrize(
     ("spec", "shape", "words"),
     [
         ("atari", (6,), ["layer 1", "convolution", "vector", "mlp"]),
