@@ -41,6 +41,7 @@ class ScriptedVectorEnv(gym.vector.VectorEnv):
         fails_at=(),
         reuses_arrays=False,
         longest=12,
+        whole_rewards=0,  # steps at first whose rewards are whole numbers by type
     ):
         self.num_envs = num_envs
         self.single_observation_space = OBSERVATIONS[observation]
@@ -52,6 +53,7 @@ class ScriptedVectorEnv(gym.vector.VectorEnv):
         self.fails_at = fails_at
         self.reused = self.observation_space.sample() if reuses_arrays else None
         self.longest = longest
+        self.whole_rewards = whole_rewards
 
     def _observe(self):
         observation = self.observation_space.sample()
@@ -79,6 +81,9 @@ class ScriptedVectorEnv(gym.vector.VectorEnv):
         kinds = np.where(self.resetting, "reset", "step")
         flat = np.asarray(actions, np.float64).reshape(self.num_envs, -1).sum(1)
         rewards = np.where(self.resetting, 0.0, flat + self.random.random(self.num_envs))
+        if self.whole_rewards:
+            self.whole_rewards -= 1
+            rewards = rewards.astype(int)
         self.left = np.where(self.resetting, self.random.integers(1, self.longest + 1, self.num_envs), self.left - 1)
         done = ~self.resetting & (self.left == 0)
         terminated = done & (self.random.random(self.num_envs) < 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -522,6 +523,10 @@ def test_what_was_done_on_a_task_is_counted_to_it(tmp_path: Path) -> None:
         (lambda c: c.training(optimizer={"type": "rmsprop", "eps": -1}), "epsilon value: -1"),
         (lambda c: c.training(optimizer={"type": "rmsprop_tf", "alpha": 1.0}), "rmsprop_tf: expected .* 1.0"),
         (lambda c: c.training(max_gradient_staleness=-1), "max_gradient_staleness"),
+        (
+            lambda c: c.training(optimizer={"type": "adam", "foreach": True, "fused": True}),
+            "refused by its class: `fused`",
+        ),
         (lambda c: c.training(gradients_per_training_step=0), "gradients_per_training_step"),
         (lambda c: c.learners(num_aggregator_actors_per_learner=1), "num_aggregator_actors_per_learner"),
         (lambda c: c.multi_agent(policies={"a", "b"}, policy_mapping_fn=lambda *a, **k: "a"), "single-agent"),
@@ -533,6 +538,14 @@ def test_settings_that_do_not_fit_are_refused(change: Any, message: str) -> None
     with pytest.raises(ValueError, match=message):
         change(config)
         config.validate()
+
+
+@pytest.mark.parametrize("how", ["foreach", "differentiable", "fused"])
+@pytest.mark.parametrize("kind", ["rmsprop", "adam"])
+def test_how_an_optimizer_computes_may_be_said(kind: str, how: str) -> None:
+    if (kind, how) == ("rmsprop", "fused"):
+        pytest.skip("torch has none")
+    make_config().training(optimizer={"type": kind, how: True}).validate()
 
 
 def test_automatic_settings() -> None:
@@ -551,9 +564,14 @@ def test_per_episode_callbacks_are_announced_as_uncalled(caplog: pytest.LogCaptu
         def on_episode_step(self, **kwargs: Any) -> None:
             pass
 
-    make_config().callbacks(Counts).validate()
-    assert "on_episode_step" in caplog.text
-    assert "on_episode_end" not in caplog.text
+        def on_sample_end(self, **kwargs: Any) -> None:
+            pass
+
+    for given in (Counts, functools.partial(Counts)):
+        caplog.clear()
+        make_config().callbacks(given).validate()
+        assert "on_episode_step" in caplog.text and "on_sample_end" in caplog.text
+        assert "on_episode_end" not in caplog.text
 
 
 # -- learning --------------------------------------------------------------------------------------------------------

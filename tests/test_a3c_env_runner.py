@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -411,7 +412,7 @@ def test_on_episode_end_gets_a_summary() -> None:
         def on_episode_end(self, *, episode: Any, env_runner: Any, env_index: int, **kwargs: Any) -> None:
             env_runner.notes.append((env_index, len(episode), episode.get_return(), episode.is_terminated))
 
-    runner = A3CEnvRunner(config=make_config().callbacks(Notes))
+    runner = A3CEnvRunner(config=make_config().callbacks(functools.partial(Notes)))
     runner.notes = []
     runner.collect_rollout()
     runner.collect_rollout()
@@ -424,6 +425,32 @@ def test_on_episode_end_gets_a_summary() -> None:
     returns = [total for n, _, total, _ in runner.notes if n == 0]
     expected = [sum(rows[t][0]["reward"] for t in steps) for steps in (range(2), range(3, 7))]
     np.testing.assert_allclose(returns, expected)
+
+
+@pytest.mark.parametrize("autoreset", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_on_episode_end_hears_the_unclipped_return(autoreset: AutoresetMode) -> None:
+    class Notes(RLlibCallback):
+        def on_episode_end(self, *, episode: Any, env_runner: Any, **kwargs: Any) -> None:
+            env_runner.notes.append(episode.get_infos(-1)["episode_score"])
+
+    class Clipping(gym.Env):
+        observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+        def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+            self.left = 3
+            return np.zeros(2, np.float32), {}
+
+        def step(self, action: Any) -> tuple:
+            self.left -= 1
+            return np.zeros(2, np.float32), 1.0, not self.left, False, {} if self.left else {"episode_score": 30.0}
+
+    config = A3CConfig().callbacks(Notes)
+    config.environment(lambda context: gym.vector.SyncVectorEnv([Clipping] * 2, autoreset_mode=autoreset))
+    config.env_runners(gym_env_vectorize_mode="vector_entry_point", num_envs_per_env_runner=2)
+    runner = A3CEnvRunner(config=config.env_runners(num_env_runners=0, rollout_fragment_length=8))
+    runner.notes = []
+    runner.collect_rollout()
+    assert runner.notes == [30.0] * 4
 
 
 def weights_for(runner: A3CEnvRunner, fill: float, version: int = 3) -> Weights:
@@ -526,6 +553,9 @@ def test_env_and_module_that_do_not_fit_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"ValueFunctionAPI.*NoValues"):
         make_runner(NoValues)
+    pairs = gym.spaces.Tuple((gym.spaces.Discrete(2), gym.spaces.Discrete(3)))
+    with pytest.raises(ValueError, match=r"action space, got Tuple\("):
+        make_runner(action_space=pairs)
     runner = make_runner(autoreset=AutoresetMode.SAME_STEP)
     with pytest.raises(ValueError, match="NEXT_STEP"):
         runner.sample(num_episodes=1)

@@ -352,6 +352,15 @@ def test_weights_sequence_number_and_lifetime_steps():
     assert samples[1][0].get_extra_model_outputs(Columns.VF_PREDS).min() > 900  # the module sees `t`
 
 
+def test_rewards_that_are_whole_numbers_at_first():
+    config = config_for({"whole_rewards": 4, "longest": 60})
+    single, array = (record(cls, config, [{}, {}])[1] for cls in (SingleAgentEnvRunner, ArrayEnvRunner))
+    for sample, same in zip(single, array, strict=True):
+        for a, b in zip(sample, same, strict=True):
+            np.testing.assert_array_equal(a.get_rewards(), b.get_rewards())
+    assert any(reward % 1 for reward in array[0][0].get_rewards())
+
+
 def test_environment_that_reuses_its_arrays():
     """The stock runner records such an environment wrongly; here it makes no difference."""
     _, expected, _ = record(ArrayEnvRunner, config_for(), TWICE)

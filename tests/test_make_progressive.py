@@ -1,6 +1,7 @@
 """make_progressive and ProgressiveCallback on real algorithms: growth, task switches, checkpoints, faults."""
 
 import copy
+import functools
 import math
 import re
 import threading
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray import tune
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.dqn import DQNConfig
 from ray.rllib.algorithms.ppo import PPOConfig
@@ -496,9 +498,58 @@ def test_a_users_callbacks_and_config_stay(tmp_path):
     base = config()
     base.callbacks(Mine)
     made = progressive(tmp_path, config=base)
-    assert made.callbacks_class[0] is Mine
+    # Behind the package's own, so that it sees what that adds to results.
+    assert made.callbacks_class == [callback.ProgressiveCallback, Mine]
     assert base.callbacks_class is Mine or base.callbacks_class == [Mine]
     assert base.rl_module_spec.module_class is not made.rl_module_spec.module_class
+    assert progressive(tmp_path, config=made).callbacks_class == made.callbacks_class  # once
+
+
+def test_callbacks_with_arguments_stay(tmp_path):
+    class Mine(RLlibCallback):
+        pass
+
+    given = functools.partial(Mine)
+    made = progressive(tmp_path, config=config().callbacks(given))
+    assert made.callbacks_class == [callback.ProgressiveCallback, given]
+
+
+class Plain(gym.Env):
+    """Takes its options and nothing else, ends after so many steps."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def reset(self, *, seed=None, options=None):
+        self.left = self.steps
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        return np.zeros(2, np.float32), 1.0, self.left == 0, False, {}
+
+
+def test_an_environment_of_the_users_is_trained_and_played(tmp_path):
+    tune.register_env("rllib_pnn_test_plain", lambda context: Plain(**context))
+    base = small_config("PPO").environment("rllib_pnn_test_plain")
+    base.env_runners(num_env_runners=0, num_envs_per_env_runner=2)
+    tasks = [{"name": str(n), "env_config": {"steps": n}, "until": {"num_env_steps": 80}} for n in (3, 5)]
+    made = make_progressive(base, tasks=tasks, column="mlp", column_store=tmp_path, evaluation_episodes=2).build_algo()
+    try:
+        result = train_until(made, lambda r: r.get("done"))
+    finally:
+        made.stop()
+    assert [result["columns"][name]["episode_return_mean"] for name in "35"] == [3.0, 5.0]
+
+
+@pytest.mark.parametrize("which", ["env_to_module_connector", "module_to_env_connector"])
+def test_connectors_that_columns_are_not_played_through_are_refused(tmp_path, which):
+    base = config().env_runners(**{which: lambda *_: []})
+    with pytest.raises(ValueError, match=f"^config: {which}: .*wrapper"):
+        progressive(tmp_path, config=base)
+    progressive(tmp_path, config=base, evaluation_episodes=0)
 
 
 def test_evaluation_repeats_itself_bit_for_bit():

@@ -285,7 +285,7 @@ class ClippingEnv(gym.vector.VectorEnv):
 
 
 def test_returns_are_unclipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "make_vector_env", lambda *_: ClippingEnv())
+    monkeypatch.setattr(evaluation, "make_vector_env", lambda *_, **__: ClippingEnv())
     network = ProgressiveNetwork((4,), 2, [{"dense": 8}])
     network.add_column()
     network.freeze()

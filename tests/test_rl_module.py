@@ -213,7 +213,7 @@ def test_action_spaces(space, outputs):
 def test_spaces_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="expected Discrete, MultiDiscrete or a one-dimensional Box"):
         num_outputs_of(gym.spaces.Dict())
-    with pytest.raises(ValueError, match="FlattenObservations"):
+    with pytest.raises(ValueError, match=r"wrappers\.FlattenObservation"):
         observation_shape_of(gym.spaces.Discrete(3))
 
 

@@ -1,5 +1,6 @@
 """The task-aware EnvRunner: what it remembers, what it says about episodes."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from ray.rllib.algorithms.ppo import PPOConfig
@@ -68,6 +69,29 @@ def test_a_task_has_its_own_env_config_whatever_came_before(tmp_path):
     finally:
         walked.stop()
         restarted.stop()
+
+
+class Optioned(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+    def __init__(self, options):
+        self.options = options
+
+
+def test_a_task_has_its_own_options_where_they_are_nested(tmp_path):
+    tasks = [{"name": str(n), "env_config": {"options": {"level": n}}} for n in range(2)]
+    config = PPOConfig().environment(lambda context: Optioned(context["options"]))
+    config.environment(env_config={"options": {"size": 1, "level": 7}}).env_runners(num_envs_per_env_runner=1)
+    config = make_progressive(config, tasks=tasks, column="mlp", column_store=tmp_path, check_spaces=False)
+    in_evaluation = config.copy(copy_frozen=False).environment(env_config={"options": {"shows": True}})
+    for made, own in ((config, {}), (in_evaluation, {"shows": True})):
+        runner = made.env_runner_cls(config=made, worker_index=1)
+        for n in range(2):
+            if n:
+                runner.switch_task(n)
+            # As everywhere, a task's keys replace the config's own.
+            assert runner.env.unwrapped.envs[0].unwrapped.options == {"level": n, **own}
+        runner.stop()
 
 
 def test_evaluation_keeps_its_env_config_on_every_task(tmp_path):

@@ -77,7 +77,8 @@ from rllib_pnn.training.trouble import TrainingTrouble
 logger = logging.getLogger(__name__)
 
 OPTIMIZERS = {"rmsprop": torch.optim.RMSprop, "rmsprop_tf": RMSPropTF, "adam": torch.optim.Adam}
-# `foreach` and `fused` change how torch computes the update, not what.
+# These change how torch computes the update, not what; they exclude each other.
+IMPLEMENTATIONS = ("foreach", "fused", "differentiable", "capturable")
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "rmsprop": {"alpha": 0.99, "eps": 1e-5, "foreach": True},
     "rmsprop_tf": {"alpha": 0.99, "eps": 1e-5},
@@ -185,7 +186,10 @@ class A3CConfig(AlgorithmConfig):
     def optimizer_arguments(self) -> dict[str, Any]:
         """Keywords for torch's optimizer class, without the learning rate."""
         given = {key: value for key, value in self.optimizer.items() if key != "type"}
-        return {**OPTIMIZER_DEFAULTS[self.optimizer_type], **given}
+        defaults = OPTIMIZER_DEFAULTS[self.optimizer_type]
+        if any(key in given for key in IMPLEMENTATIONS):
+            defaults = {key: value for key, value in defaults.items() if key not in IMPLEMENTATIONS}
+        return {**defaults, **given}
 
     @override(AlgorithmConfig)
     def get_default_rl_module_spec(self) -> RLModuleSpec:
@@ -261,7 +265,7 @@ class A3CConfig(AlgorithmConfig):
             )
         try:
             OPTIMIZERS[self.optimizer_type]([torch.zeros(1)], lr=0.0, **self.optimizer_arguments)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             self._value_error(f"`optimizer` ({self.optimizer}) is refused by its class: {error}.")
         self._check_count("max_gradient_staleness", least=0)
         self._check_count("gradients_per_training_step", least=1)
@@ -289,7 +293,6 @@ class A3CLearner(TorchLearner):
         self._gradient_buffer = self._flat_gradient = torch.empty(0)  # in host memory; on the device
         self._gradient_norm = 0.0  # of the newest gradient, before the clip
         self._num_env_steps = 0  # that came with gradients, dropped ones included; what schedules run on
-        self._num_env_steps_trained = 0
         self._num_dropped = dict.fromkeys(DROP_REASONS, 0)
         self._num_not_finite_unreported = 0
         self._only_not_finite = False  # whether that holds for all gradients between the last two get_metrics()
@@ -298,7 +301,7 @@ class A3CLearner(TorchLearner):
         self._num_applied_unreported = self._num_steps_unreported = self._max_staleness = 0
         self._apply_seconds = 0.0
         self._entropy_schedule = Scheduler(fixed_value_or_schedule=self.config.entropy_coeff)
-        self._entropy_coeff = float(self._entropy_schedule.update(0))
+        self.restart_schedules()
         super().build()
 
     @override(TorchLearner)
@@ -396,6 +399,10 @@ class A3CLearner(TorchLearner):
         super().after_gradient_based_update(timesteps=timesteps)
         self._entropy_coeff = float(self._entropy_schedule.update(timesteps[NUM_ENV_STEPS_SAMPLED_LIFETIME]))
 
+    def restart_schedules(self) -> None:
+        """Puts the entropy cost to its schedule's beginning, for a new task's first rollouts."""
+        self._entropy_coeff = float(self._entropy_schedule.update(0))
+
     def _note(self, info: GradientInfo) -> None:
         staleness = self._weights_seq_no - info.version
         for name, value in info.stats.items():
@@ -405,7 +412,6 @@ class A3CLearner(TorchLearner):
         self._max_staleness = max(self._max_staleness, staleness)
         self._num_applied_unreported += 1
         self._num_steps_unreported += info.num_env_steps
-        self._num_env_steps_trained += info.num_env_steps
 
     def get_metrics(self) -> ResultDict:
         """Means over the gradients applied since the last call, and counters."""
@@ -477,7 +483,6 @@ class A3CLearner(TorchLearner):
         if self._check_component(LEARNER_COUNTERS, components, not_components):
             state[LEARNER_COUNTERS] = {
                 "num_env_steps": self._num_env_steps,
-                "num_env_steps_trained": self._num_env_steps_trained,
                 "num_dropped": dict(self._num_dropped),
                 "entropy_coeff": self._entropy_coeff,
             }
@@ -493,7 +498,6 @@ class A3CLearner(TorchLearner):
         if LEARNER_COUNTERS in state:
             counters = state[LEARNER_COUNTERS]
             self._num_env_steps = counters["num_env_steps"]
-            self._num_env_steps_trained = counters["num_env_steps_trained"]
             self._num_dropped = {**self._num_dropped, **counters["num_dropped"]}
             self._entropy_coeff = counters["entropy_coeff"]
 

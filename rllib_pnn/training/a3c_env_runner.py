@@ -45,6 +45,7 @@ from ray.rllib.utils.spaces.space_utils import clip_action, unsquash_action
 from ray.rllib.utils.typing import ResultDict, StateDict
 from torch import Tensor, nn
 
+from rllib_pnn.envs.score import EPISODE_SCORE, episode_scores
 from rllib_pnn.network.memory import lean_memory
 from rllib_pnn.training.a3c_loss import a3c_loss, n_step_advantages
 
@@ -55,12 +56,17 @@ logger = logging.getLogger(__name__)
 LEARNER_STAMP = "a3c_learner_stamp"
 
 
-EPISODE_CALLBACKS = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end")
+EPISODE_CALLBACKS = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end", "on_sample_end")
+
+
+def callback_class(given: Any) -> type[RLlibCallback]:
+    """The class of an entry of `callbacks_class`: RLlib takes a `functools.partial` of one too."""
+    return getattr(given, "func", given)
 
 
 def episode_callbacks(config: Any) -> list[str]:
-    """Names of the per-episode callbacks that an `AlgorithmConfig` sets."""
-    classes = [c for c in force_list(config.callbacks_class) if isinstance(c, type)]
+    """Names of the callbacks on episodes that an `AlgorithmConfig` sets."""
+    classes = [callback_class(c) for c in force_list(config.callbacks_class)]
     return [
         name
         for name in EPISODE_CALLBACKS
@@ -231,6 +237,12 @@ class A3CEnvRunner(SingleAgentEnvRunner):
                 "env: expected a vector env that resets by itself (NEXT_STEP or SAME_STEP), got autoreset mode DISABLED"
             )
         self._next_step_reset = mode == AutoresetMode.NEXT_STEP
+        actions = self.env.single_action_space
+        if isinstance(actions, gym.spaces.Tuple | gym.spaces.Dict):
+            raise ValueError(
+                f"env: A3C keeps actions in one array and needs a Box, Discrete or MultiDiscrete action space, got "
+                f"{actions}"
+            )
         space = self.env.single_observation_space
         if not isinstance(space, gym.spaces.Box):
             raise ValueError(
@@ -516,7 +528,11 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         self._episode_returns += reward * valid
         self._episode_lengths += valid
         self._num_env_steps_unreported += int(valid.sum())
-        for n in np.flatnonzero(done & valid):
+        ended = done & valid
+        if not ended.any():
+            return
+        told, scores = episode_scores(infos, ended)
+        for n in np.flatnonzero(ended):
             now = time.perf_counter()
             length, episode_return = int(self._episode_lengths[n]), float(self._episode_returns[n])
             seconds = now - self._episode_starts[n]
@@ -524,10 +540,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             self._episode_returns[n] = self._episode_lengths[n] = 0
             self._episode_starts[n] = now
             if self._calls_episode_end:
-                info = {}
-                # Environments that clip rewards for learning tell the unclipped return.
-                if "episode_score" in infos and np.asarray(infos.get("_episode_score", done))[n]:
-                    info["episode_score"] = float(infos["episode_score"][n])
+                info = {EPISODE_SCORE: float(scores[n])} if told[n] else {}
                 summary = EpisodeSummary(length, episode_return, seconds, info, terminated=bool(terminated[n]))
                 self._call_episode_end(summary, int(n))
 

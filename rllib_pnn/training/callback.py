@@ -34,10 +34,11 @@ from ray.rllib.utils.metrics import (
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 from ray.tune.result import DONE, SHOULD_CHECKPOINT
 
+from rllib_pnn.envs.score import EPISODE_SCORE
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.store import ColumnStore, ColumnStoreError
 from rllib_pnn.training.a3c import A3C
-from rllib_pnn.training.evaluation import ColumnEvaluation, evaluate_shard, shards
+from rllib_pnn.training.evaluation import ColumnEvaluation, evaluate_shard, is_vectorized, shards
 from rllib_pnn.training.learner import results_of
 from rllib_pnn.training.recognition import KEY as FIRST_OBSERVATIONS
 from rllib_pnn.training.rl_module import MODEL_CONFIG_KEY, ProgressiveRLModule, _column_state, grow
@@ -121,7 +122,7 @@ class ProgressiveCallback(RLlibCallback):
         # On an EnvRunner. RLlib's own windows mix tasks and are empty in iterations in which no episode ended.
         infos = (episode.get_infos(-1) or {}) if len(episode.infos) else {}  # A3C's hold returns alone
         # Environments that clip rewards for learning report the unclipped return in their last info.
-        episode_return = infos.get("episode_score")
+        episode_return = infos.get(EPISODE_SCORE)
         if episode_return is None:
             episode_return = sum(chunk.get_return() for chunk in (*prev_episode_chunks, episode))
         key = (TASK_RETURNS, str(getattr(env_runner, "task_index", 0)))
@@ -474,11 +475,15 @@ def _on_learners(algorithm: Algorithm, function: Any) -> list[Any]:
 def _play(algorithm: Algorithm, network: ProgressiveNetwork, jobs: list[_Job]) -> list[ColumnEvaluation]:
     """Shares jobs among the EnvRunners; plays here, with `network`, what none of them did."""
     env, normalize = algorithm.config.env, bool(algorithm.config.normalize_actions)
+    vectorized = is_vectorized(algorithm.config)
     results: dict[int, ColumnEvaluation] = {}
 
+    def play_job(own: ProgressiveNetwork, job: _Job) -> ColumnEvaluation:
+        column, env_config, count, seed = job
+        return evaluate_shard(own, env, env_config, column, count, seed, False, normalize, vectorized=vectorized)
+
     def play(runner: Any, numbers: list[int]) -> dict[int, ColumnEvaluation]:
-        own = runner.module.network
-        return {n: evaluate_shard(own, env, jobs[n][1], jobs[n][0], *jobs[n][2:], False, normalize) for n in numbers}
+        return {n: play_job(runner.module.network, jobs[n]) for n in numbers}
 
     group = algorithm.env_runner_group
     ids = group.healthy_worker_ids()
@@ -492,5 +497,5 @@ def _play(algorithm: Algorithm, network: ProgressiveNetwork, jobs: list[_Job]) -
             results.update(part)
     for n, job in enumerate(jobs):
         if n not in results:
-            results[n] = evaluate_shard(network, env, job[1], job[0], *job[2:], False, normalize)
+            results[n] = play_job(network, job)
     return [results[n] for n in range(len(jobs))]

@@ -7,6 +7,7 @@ outputs: forgetting is measured by playing again, not assumed to be zero.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,14 +15,19 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.env.env_context import EnvContext
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
-from rllib_pnn.envs.registry import full_id, is_native_vector
+from rllib_pnn.envs.registry import ENV_IDS, full_id, is_native_vector
+from rllib_pnn.envs.score import episode_scores
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.training.recognition import FIRST_STEPS, FirstSteps, Recogniser, features_of
 
+logger = logging.getLogger(__name__)
+
 EPISODES_PER_SHARD = 8  # environments that one process plays side by side
+MAX_EPISODE_STEPS = 50_000  # after which an episode counts as it stands; Atari's own limit is 27,000
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class ColumnEvaluation:
     """What a column did on a task.
 
     Args:
-        returns: return of every episode, unclipped.
+        returns: return of every episode, unclipped; of the first `MAX_EPISODE_STEPS` steps if it does not end.
         lengths: steps of every episode.
         digest: SHA-256 over all policy outputs in order; equal digests mean bit-equal behaviour.
         first_steps: what the episodes' first steps showed.
@@ -68,26 +74,35 @@ def shards(num_episodes: int, seed: int) -> list[tuple[int, int]]:
     return [(count, seed + 10_000 * i) for i, count in enumerate(parts)]
 
 
-def make_vector_env(env: str | Callable[[EnvContext], Any], env_config: Mapping[str, Any], num_envs: int) -> Any:
+def make_vector_env(
+    env: str | Callable[[EnvContext], Any], env_config: Mapping[str, Any], num_envs: int, *, vectorized: bool = False
+) -> Any:
     """A vector env of a gymnasium id, of a name registered with Tune, or of an env creator.
 
-    Takes the native vector env where the id or the creator has one.
+    Args:
+        env: an id's native vector env is taken where it has one.
+        env_config: what the environment is made with.
+        vectorized: whether a creator makes a vector env, of the `num_envs` in its config (RLlib's mode
+            `vector_entry_point`). If not it makes single environments.
     """
     creator = _global_registry.get(ENV_CREATOR, env) if _is_registered(env) else env
     if callable(creator):
-        made = creator(EnvContext(dict(env_config), worker_index=0, vector_index=0) | {"num_envs": num_envs})
-        if isinstance(made, gym.vector.VectorEnv):
-            return made
-        made.close()
-        plain = EnvContext(dict(env_config), worker_index=0)
-        return gym.vector.SyncVectorEnv([lambda: creator(plain)] * num_envs)
+        if vectorized:
+            return creator(EnvContext({**env_config, "num_envs": num_envs}, worker_index=0))
+        context = EnvContext(dict(env_config), worker_index=0)
+        return gym.vector.SyncVectorEnv([lambda: creator(context)] * num_envs)
     name = full_id(str(env))
     mode = "vector_entry_point" if is_native_vector(name) else "sync"
     return gym.make_vec(name, num_envs=num_envs, vectorization_mode=mode, **dict(env_config))
 
 
+def is_vectorized(config: AlgorithmConfig) -> bool:
+    """Whether env creators make vector envs. RLlib takes names, which its default is, and gymnasium's enumeration."""
+    return gym.VectorizeMode(config.gym_env_vectorize_mode) is gym.VectorizeMode.VECTOR_ENTRY_POINT
+
+
 def _is_registered(env: Any) -> bool:
-    return isinstance(env, str) and _global_registry.contains(ENV_CREATOR, env)
+    return isinstance(env, str) and env not in ENV_IDS and _global_registry.contains(ENV_CREATOR, env)
 
 
 def evaluate_column(
@@ -100,12 +115,13 @@ def evaluate_column(
     seed: int = 0,
     deterministic: bool = False,
     normalize_actions: bool = True,
+    vectorized: bool = False,
 ) -> ColumnEvaluation:
     """Plays `num_episodes` episodes with a column's policy.
 
     Args:
         network: holds the column.
-        env, env_config: the task's environment, see `make_vector_env`.
+        env, env_config, vectorized: the task's environment, see `make_vector_env`.
         column: index of the column; its earlier columns are computed with it.
         seed: of environments and action sampling; episode i of equal calls is the same episode.
         deterministic: the most probable action instead of a sample of the policy.
@@ -113,7 +129,17 @@ def evaluate_column(
     """
     return ColumnEvaluation.merge(
         [
-            evaluate_shard(network, env, env_config, column, count, shard_seed, deterministic, normalize_actions)
+            evaluate_shard(
+                network,
+                env,
+                env_config,
+                column,
+                count,
+                shard_seed,
+                deterministic,
+                normalize_actions,
+                vectorized=vectorized,
+            )
             for count, shard_seed in shards(num_episodes, seed)
         ]
     )
@@ -161,9 +187,11 @@ def evaluate_shard(
     deterministic: bool,
     normalize_actions: bool,
     recognise: tuple[Sequence[int], Recogniser] | None = None,
+    *,
+    vectorized: bool = False,
 ) -> ColumnEvaluation:
     """One episode in each of `num_episodes` environments; `recognise` chooses the column of each."""
-    envs = make_vector_env(env, env_config, num_episodes)
+    envs = make_vector_env(env, env_config, num_episodes, vectorized=vectorized)
     try:
         space = envs.single_action_space
         generator = torch.Generator().manual_seed(seed)
@@ -213,10 +241,14 @@ def evaluate_shard(
             returns[playing] += rewards[playing]
             lengths[playing] += 1
             ended = playing & (terminated | truncated)
-            if "episode_score" in infos:  # environments that clip rewards for learning tell the unclipped return
-                told = ended & np.asarray(infos.get("_episode_score", ended))
-                returns[told] = np.asarray(infos["episode_score"])[told]
+            told, scores = episode_scores(infos, ended)
+            returns[told] = scores[told]
             playing &= ~ended
+            if step == MAX_EPISODE_STEPS and playing.any():
+                logger.warning(
+                    "%s: an episode of %d steps did not end; it counts with its return so far", env, MAX_EPISODE_STEPS
+                )
+                break
         return ColumnEvaluation(
             tuple(map(float, returns)),
             tuple(map(int, lengths)),

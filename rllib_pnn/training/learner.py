@@ -16,7 +16,7 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 TASK_INDEX = "task_index"  # batch column: the task that a row was played on
 NUM_ENV_STEPS_DROPPED = "num_env_steps_of_old_task_dropped_lifetime"
+SCHEDULES = "progressive_schedules"  # key of a Learner's state: where the task's schedules are
+# What RLlib's PPO and IMPALA Learners keep of every module; their states leave it out.
+_ENTROPY_SCHEDULES, _KL_COEFFS = "entropy_coeff_schedulers_per_module", "curr_kl_coeffs_per_module"
 NUM_UPDATES_SKIPPED = "num_updates_not_finite_skipped_lifetime"  # with torch_skip_nan_gradients
 
 
@@ -65,16 +68,14 @@ def task_of(episode: SingleAgentEpisode) -> int | None:
 def free_threads(num_env_runners: int) -> int:
     """How many torch threads PPO's Learner may use in the algorithm's process, while no EnvRunner works.
 
-    EnvRunners wait for it, so that their cores are free. Without any, an actor (a trial of Tune) takes the CPUs that
-    Ray gave it, for other trials may have the rest; a process of the user's keeps torch's number, which is all cores
-    unless the user said otherwise.
+    A process of the user's keeps torch's number, which is all cores unless the user said otherwise. In an actor (a
+    trial of Tune) Ray has set it to 1: EnvRunners wait for the Learner, so that their cores are free; without any, it
+    takes the CPUs that Ray gave it, for other trials may have the rest.
     """
-    threads = num_env_runners
-    if not num_env_runners:
-        context = ray.get_runtime_context() if ray.is_initialized() else None
-        if context is None or context.get_actor_id() is None:
-            return torch.get_num_threads()
-        threads = int(context.get_assigned_resources().get("CPU", 1))
+    context = ray.get_runtime_context() if ray.is_initialized() else None
+    if context is None or context.get_actor_id() is None:
+        return torch.get_num_threads()
+    threads = num_env_runners or int(context.get_assigned_resources().get("CPU", 1))
     return max(1, min(os.cpu_count() or 1, threads))
 
 
@@ -208,8 +209,11 @@ class ProgressiveLearnerMixin(Learner):
         with self._growth_lock:
             self.progressive_module.grow(progress)
             self._rebuild_optimizer()
-            for schedulers in ("entropy_coeff_schedulers_per_module", "curr_kl_coeffs_per_module"):
+            for schedulers in (_ENTROPY_SCHEDULES, _KL_COEFFS):
                 getattr(self, schedulers, {}).clear()
+            restart = getattr(super(), "restart_schedules", None)  # A3C's own
+            if restart is not None:
+                restart()
 
     def become(self, state: StateDict) -> None:
         """Takes columns and progress from a state (columns read from a store, say)."""
@@ -276,9 +280,9 @@ class ProgressiveLearnerMixin(Learner):
                 "and aggregators before make_progressive(), which adds it"
             )
         if bool((indices != self.progressive_module.task_index).any()):
-            self.metrics.log_value(
-                (ALL_MODULES, NUM_ENV_STEPS_DROPPED), int(np.prod(indices.shape)), reduce="lifetime_sum"
-            )
+            mask = batch[DEFAULT_MODULE_ID].get(Columns.LOSS_MASK)
+            steps = int(np.prod(indices.shape)) if mask is None else int(mask.sum())
+            self.metrics.log_value((ALL_MODULES, NUM_ENV_STEPS_DROPPED), steps, reduce="lifetime_sum")
             return True
         return self.progressive_module.network.columns[-1].is_frozen or self._trouble is not None
 
@@ -383,15 +387,34 @@ class ProgressiveLearnerMixin(Learner):
     # -- state ---------------------------------------------------------------------------------------------------
 
     @override(Learner)
-    def get_state(self, *args: Any, **kwargs: Any) -> StateDict:
+    def get_state(
+        self,
+        components: str | Collection[str] | None = None,
+        *,
+        not_components: str | Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> StateDict:
         with self._growth_lock:
-            return super().get_state(*args, **kwargs)
+            state = super().get_state(components, not_components=not_components, **kwargs)
+            if self._check_component(SCHEDULES, components, not_components):
+                coeffs = getattr(self, _KL_COEFFS, {})
+                state[SCHEDULES] = {
+                    "task_env_steps": self._task_env_steps,
+                    "kl_coeffs": {module_id: float(coeff) for module_id, coeff in coeffs.items()},
+                }
+            return state
 
     @override(Learner)
     def set_state(self, state: StateDict) -> None:
         with self._growth_lock:
             super().set_state(state)
             self._rebuild_optimizer()
+            if SCHEDULES in state:
+                self._task_env_steps = state[SCHEDULES]["task_env_steps"]
+                if hasattr(self, _ENTROPY_SCHEDULES):
+                    getattr(self, _ENTROPY_SCHEDULES)[DEFAULT_MODULE_ID].update(self._task_env_steps)
+                for module_id, coeff in state[SCHEDULES]["kl_coeffs"].items():
+                    getattr(self, _KL_COEFFS)[module_id].data.fill_(coeff)
 
     @override(Learner)
     def _set_optimizer_state(self, state: StateDict) -> None:

@@ -10,6 +10,7 @@ This is the one call that an existing pipeline needs:
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
@@ -40,10 +41,11 @@ from rllib_pnn.network.spec import ColumnSpec
 from rllib_pnn.network.store import ColumnStore
 from rllib_pnn.text import did_you_mean
 from rllib_pnn.training.a3c import A3CConfig
+from rllib_pnn.training.a3c_env_runner import callback_class
 from rllib_pnn.training.array_connectors import use_array_pipeline
 from rllib_pnn.training.callback import ProgressiveCallback
 from rllib_pnn.training.env_runner import ArrayEnvRunner
-from rllib_pnn.training.evaluation import make_vector_env
+from rllib_pnn.training.evaluation import is_vectorized, make_vector_env
 from rllib_pnn.training.learner import ThenTaskIndex, progressive_learner_class
 from rllib_pnn.training.rl_module import (
     ARCHITECTURES,
@@ -127,6 +129,13 @@ def make_progressive(
     for line in ignored_settings(config):
         logger.warning(line)
 
+    for name in ("env_to_module_connector", "module_to_env_connector"):
+        if evaluation_episodes and getattr(config, f"_{name}") is not None:
+            raise ValueError(
+                f"config: {name}: a column is played as it is frozen, without connectors, which may change after it; "
+                "put the transformation into an environment wrapper (gymnasium.wrappers), or set evaluation_episodes=0"
+            )
+
     base_env_config = dict(config.env_config)
     merged = [Task(t.name, base_env_config | dict(t.env_config), t.until) for t in parsed]
     if input_shift != "auto" and (isinstance(input_shift, bool) or not isinstance(input_shift, int | float)):
@@ -170,7 +179,8 @@ def make_progressive(
         "seed": config.seed or 0,
     }
     progressive = config.copy(copy_frozen=False)
-    progressive.environment(env_config=dict(merged[0].env_config))
+    # Not by `environment()`, which lays it over what is there, in place.
+    progressive.env_config = copy.deepcopy(dict(merged[0].env_config))
     if isinstance(config.env, str) and not _global_registry.contains(ENV_CREATOR, config.env):
         progressive.environment(full_id(config.env))
     module_class = ProgressiveTargetRLModule if isinstance(config, APPOConfig) else ProgressiveRLModule
@@ -194,15 +204,15 @@ def make_progressive(
     progressive.learners(learner_class=progressive_learner_class(learner_class))
     env_runner_class: Any = _env_runner_class(config)
     progressive.env_runners(env_runner_cls=task_env_runner_class(env_runner_class))
-    # RLlib takes names, which its default is, and gymnasium's enumeration.
     if config.env in ENV_IDS and gym.VectorizeMode(config.gym_env_vectorize_mode) is gym.VectorizeMode.SYNC:
         # The same observations, all environments of an EnvRunner stepped together.
         progressive.env_runners(gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT)
     for name, seconds in _FAULT_TOLERANCE.items():
         if getattr(config, name) == getattr(_DEFAULTS, name):
             progressive.fault_tolerance(**{name: seconds})
-    callbacks = [c for c in force_list(config.callbacks_class) if not issubclass(c, ProgressiveCallback)]
-    progressive.callbacks([*callbacks, ProgressiveCallback])
+    given = force_list(config.callbacks_class)
+    others = [c for c in given if not issubclass(callback_class(c), ProgressiveCallback)]
+    progressive.callbacks([ProgressiveCallback, *others])  # first: the others see what it adds to results
     return progressive
 
 
@@ -314,8 +324,8 @@ def _make_env(config: AlgorithmConfig, task: Task) -> Any:
         creator = _global_registry.get(ENV_CREATOR, creator)
     if isinstance(creator, str):
         return gym.make(full_id(creator), **dict(task.env_config))
-    if gym.VectorizeMode(config.gym_env_vectorize_mode) is gym.VectorizeMode.VECTOR_ENTRY_POINT:
-        return make_vector_env(creator, task.env_config, 1)
+    if is_vectorized(config):
+        return make_vector_env(creator, task.env_config, 1, vectorized=True)
     return creator(EnvContext(dict(task.env_config), worker_index=0))
 
 

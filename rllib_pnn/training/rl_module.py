@@ -62,7 +62,7 @@ def observation_shape_of(space: gym.Space) -> tuple[int, ...]:
     if not isinstance(space, gym.spaces.Box) or len(space.shape) not in (1, 3):
         raise ValueError(
             f"observation space: expected a Box of an image or a vector, got {space}; "
-            "flatten other spaces with RLlib's FlattenObservations connector"
+            "flatten other spaces with gymnasium.wrappers.FlattenObservation"
         )
     return tuple(space.shape)
 

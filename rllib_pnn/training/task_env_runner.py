@@ -8,6 +8,7 @@ played on.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -64,9 +65,7 @@ class TaskEnvRunnerMixin(SingleAgentEnvRunner):
         lean_memory()
         super().__init__(**kwargs)
         # What an evaluation config says of the environments beside the task; it holds on all of them.
-        first = self._task_env_config(0)
-        given = self.config.env_config
-        self._own_env_config = {k: v for k, v in given.items() if k not in first or first[k] != v}
+        self._own_env_config = _difference(self.config.env_config, self._task_env_config(0))
         if self._seed is not None:
             # RLlib's seeds of neighbouring EnvRunners differ by one, and so do those of environments within one.
             self._seed = int(self.config.seed) + SEED_STRIDE * (self.worker_index or 0)
@@ -107,7 +106,7 @@ class TaskEnvRunnerMixin(SingleAgentEnvRunner):
         self.task_index = task_index
         config = self.config.copy(copy_frozen=False)
         # Not by `environment()`, which keeps what is there: keys of earlier tasks.
-        config.env_config = self._task_env_config(task_index) | self._own_env_config
+        config.env_config = _laid_over(self._task_env_config(task_index), self._own_env_config)
         config.freeze()
         self.config = config
         for metric in EPISODE_METRICS:
@@ -116,6 +115,28 @@ class TaskEnvRunnerMixin(SingleAgentEnvRunner):
         self._ongoing_episodes_for_metrics.clear()
         if self.env is not None:
             self.make_env()
+
+
+def _difference(given: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be laid over `base` to get `given`."""
+    found = {}
+    for key, value in given.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), Mapping):
+            if inner := _difference(value, base[key]):
+                found[key] = inner
+        elif key not in base or base[key] != value:
+            found[key] = value
+    return found
+
+
+def _laid_over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `own`, mappings in them merged likewise."""
+    return {**base} | {
+        key: _laid_over(base[key], value)
+        if isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+        else value
+        for key, value in own.items()
+    }
 
 
 @functools.cache  # one class object each, so that equal configs compare equal

@@ -1,0 +1,30 @@
+"""The return that an episode is reported with, where an environment clips rewards for learning.
+
+Such an environment puts the unclipped return into an episode's last info, under `episode_score`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+EPISODE_SCORE = "episode_score"
+
+
+def episode_scores(infos: Mapping[str, Any], ended: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the episodes that end in a vector env's step tell their score, and the scores.
+
+    Args:
+        infos: of the step. An env that resets in the same step (SAME_STEP) has the last infos under `final_info`.
+        ended: (N,) bool.
+
+    Returns:
+        (N,) bool, and (N,) scores, meaningful where the first is true.
+    """
+    last = infos.get("final_info", infos)
+    if EPISODE_SCORE not in last:
+        return np.zeros_like(ended), np.zeros(len(ended))
+    told = ended & np.asarray(last.get(f"_{EPISODE_SCORE}", ended), bool)
+    return told, np.where(told, np.asarray(last[EPISODE_SCORE]), 0.0)
