@@ -81,20 +81,22 @@ def train(
     """Train what a tuned example describes.
 
     Ctrl-C writes a checkpoint and prints the command that goes on from it. A file with a `transfer` block has one
-    folder: the same command again goes on there and repeats nothing that is finished.
+    folder: the same command again goes on there and repeats nothing that is finished. With --resume a run keeps the
+    settings that it was started with; a file beside it must describe that experiment, and what it says otherwise by now
+    is told.
     """
     path = _file_argument(words or [], file)
-    if (path is None) == (resume is None):
-        raise InputError(
-            "rllib train: expected a tuned example (-f FILE) or --resume RUN" + (", not both" if path else "")
-        )
+    if path is None and resume is None:
+        raise InputError("rllib train: expected a tuned example (-f FILE) or --resume RUN")
     console = _console()
     if resume is not None:
+        if not resume.exists() and (storage / resume).exists():
+            resume = storage / resume
         find_runs(resume)
         prepare_ray(verbose=verbose)
         from rllib_pnn.experiment.run import resume as resume_run
 
-        outcome = resume_run(resume, console=console, ray_address=ray_address, verbose=verbose)
+        outcome = resume_run(resume, console=console, file=path, ray_address=ray_address, verbose=verbose)
         raise typer.Exit(_report(console, outcome))
     assert path is not None
     plans = load_plans(_existing(path))
@@ -134,9 +136,8 @@ def evaluate(
     from rllib_pnn.training.evaluation import evaluate_column
 
     torch.set_num_threads(1)  # threads that wait for each other cost more than a column's arithmetic
-    store, tasks, base, normalize = stored = _stored(home)
+    store, tasks, own, normalize = stored = _stored(home)
     entries = store.entries
-    own = {entry.task: index for index, entry in enumerate(entries)}
     if task == "auto":
         if column is not None:
             raise InputError(f"--column {column}: --task auto chooses the column itself; leave one of them out")
@@ -164,14 +165,14 @@ def evaluate(
             played = evaluate_column(
                 network,
                 env,
-                {**base, **env_config},
+                env_config,
                 column=index,
                 num_episodes=episodes,
                 seed=seed,
                 deterministic=deterministic,
                 normalize_actions=normalize,
             )
-        score = entries[index].score if entries[index].task == name else None
+        score = entries[index].score if own.get(name) == index else None
         spread = (sum((r - played.episode_return_mean) ** 2 for r in played.returns) / len(played.returns)) ** 0.5
         table.add_row(
             name,
@@ -347,6 +348,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         return _fail(str(error), BAD_INPUT)
     except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.stderr.write(f"{error.format_message()}\n")
+            return BAD_INPUT
         command = error.ctx.command_path if error.ctx is not None else "rllib"
         return _fail(f"{command}: {error.format_message()} (see `{command} --help`)", BAD_INPUT)
     except _ClickException as error:
@@ -430,6 +434,7 @@ def _home(path: Path) -> Path:
         except RunError as error:
             if any(path.glob(f"*/{MANIFEST_FILE}")):
                 raise InputError(str(error)) from None  # there are several
+        find_runs(path, expected="a run folder of `rllib train` or a column store")
     return _one_run(path).path
 
 
@@ -450,11 +455,13 @@ def _store(folder: RunFolder) -> ColumnStore:
 
 
 def _stores(path: Path) -> list[tuple[Path, ColumnStore]]:
-    """The column stores of a run, of an experiment's runs, or the one that `path` itself is."""
+    """The column stores of a run, of those of an experiment's runs that have one, or the one that `path` itself is."""
     from rllib_pnn.network.store import ColumnStore
 
     if os.path.lexists(path / PLAN_FILE):
-        return [(run.path, _store(run)) for run in find_runs(path)]
+        runs = find_runs(path)
+        found = [(run.path, store) for run in runs if (store := ColumnStore(run.columns)).exists()]
+        return found or [(run.path, _store(run)) for run in runs]
     home = _home(path)
     if os.path.lexists(home / EXPERIMENT_FILE):
         return [(home, _store(RunFolder(home)))]
@@ -466,36 +473,47 @@ class _Stored(NamedTuple):
 
     store: ColumnStore
     tasks: dict[str, tuple[str, dict[str, Any]]]
-    env_config: dict[str, Any]
-    """Every task's own is merged over it."""
+    columns: dict[str, int]
+    """Each task's own column, of tasks that have one already."""
     normalize_actions: bool
 
 
 def _stored(home: Path) -> _Stored:
     """Of a run of `rllib train` as its experiment says, else as the manifest of the store says."""
-    from rllib_pnn.analysis.analyze import refuse_module
+    from rllib_pnn.analysis.analyze import refuse_module, task_name
     from rllib_pnn.network.store import ColumnStore
 
+    tasks: dict[str, tuple[str, dict[str, Any]]] = {}
+    normalize = True
     if os.path.lexists(home / EXPERIMENT_FILE):
         experiment = RunFolder(home).experiment
         if experiment.progressive is None or experiment.env is None:
             raise InputError(f"{home}: an ordinary RLlib run, expected a progressive one, which stores its columns")
         store = _store(RunFolder(home))
-        tasks = {spec.name: (experiment.env, spec.env_config) for spec in experiment.progressive.tasks}
+        base = experiment.config.get("env_config", {})
+        tasks = {spec.name: (experiment.env, {**base, **spec.env_config}) for spec in experiment.progressive.tasks}
         normalize = bool(experiment.config.get("normalize_actions", True))
-        return _Stored(store, tasks, experiment.config.get("env_config", {}), normalize)
-    store = ColumnStore(find_columns(home))
-    # An environment that was given as a class or a function has no name.
-    tasks = {entry.task: (entry.env, entry.env_config) for entry in store.entries if entry.env is not None}
-    for name, (env, _) in tasks.items():
+    else:
+        store = ColumnStore(find_columns(home))
+    columns = {entry.task: index for index, entry in enumerate(store.entries) if entry.task in tasks}
+    for index, entry in enumerate(store.entries):
+        # An environment that was given as a class or a function has no name. Of columns that came from another run
+        # (`columns_from`) the experiment says nothing.
+        if entry.task in columns or entry.env is None:
+            continue
         with _input_errors():
-            refuse_module(f"{store.path}: column of {name}", env)
+            refuse_module(f"{store.path}: column of {entry.task}", entry.env)
+        name = task_name(entry.task, entry.extra)
+        name = entry.task if name in tasks else name
+        tasks[name], columns[name] = (entry.env, entry.env_config), index
     if not tasks:
         raise InputError(
             f"{store.path}: names no environment to play in; from Python, `evaluate_column` of "
             "rllib_pnn.training.evaluation takes a class or a function"
         )
-    return _Stored(store, tasks, {}, True)
+    return _Stored(
+        store, dict(sorted(tasks.items(), key=lambda task: columns.get(task[0], len(columns)))), columns, normalize
+    )
 
 
 def _console() -> Console:
@@ -531,7 +549,7 @@ def _evaluate_auto(stored: _Stored, episodes: int, seed: int, deterministic: boo
     from rllib_pnn.training.recognition import KEY, Recogniser, Statistics, confused_pairs, features_of
 
     register()
-    store, _, base, normalize = stored
+    store, _, _, normalize = stored
     entries, network = store.entries, store.load()
     # A random column of baseline 4 has no task.
     known = {task_name(e.task, e.extra): k for k, e in enumerate(entries) if e.env is not None}
@@ -563,7 +581,7 @@ def _evaluate_auto(stored: _Stored, episodes: int, seed: int, deterministic: boo
             seen = evaluate_column(
                 network,
                 str(entries[k].env),
-                {**base, **entries[k].env_config},
+                entries[k].env_config,
                 column=k,
                 num_episodes=EPISODES_TO_MEASURE,
                 seed=seed + 1_000_003,
@@ -585,7 +603,7 @@ def _evaluate_auto(stored: _Stored, episodes: int, seed: int, deterministic: boo
             played = evaluate_recognised(
                 network,
                 str(entries[k].env),
-                {**base, **entries[k].env_config},
+                entries[k].env_config,
                 columns=columns,
                 recogniser=recogniser,
                 num_episodes=episodes,

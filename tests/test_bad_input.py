@@ -265,6 +265,8 @@ FILES = {
         changed(CARTPOLE, "minibatch_size: 100", "lr: {grid_search: 3}"),
         ["bad.yaml:8", "config.lr", "list of values"],
     ),
+    "more than all of the future": (changed(SOUP, "minibatch_size: 100", "gamma: 2.0"), ["config.gamma", "at most 1"]),
+    "no environment": (changed(CARTPOLE, "  env: CartPole-v1\n", ""), ["bad.yaml:", "env: missing"]),
     "too many runs": (CARTPOLE + "  num_samples: 1.0e+6\n", ["bad.yaml:", "1000000 runs", "1000"]),
     "an experiment's name that leaves the folder": (changed(CARTPOLE, "cartpole:", "../x:"), ["bad.yaml:1", "name"]),
 }
@@ -330,7 +332,7 @@ ARGUMENTS = {
     "a folder as a file": (["train", "-f", "."], [".", "a folder"]),
     "nothing to train": (["train"], ["-f FILE", "--resume RUN"]),
     "two files": (["train", "a.yaml", "-f", "b.yaml"], ["one tuned example", "a.yaml", "b.yaml"]),
-    "a file and a run": (["train", "-f", "soup.yaml", "--resume", "runs"], ["-f FILE", "not both"]),
+    "a run of another file": (["train", "-f", "other.yaml", "--resume", "RUN"], ["describes other", "is of 'soup'"]),
     "no such option": (["train", "--storrage", "x"], ["rllib train", "--storrage", "--storage"]),
     "no such command": (["trian"], ["rllib", "trian", "train"]),
     "a storage that is a file": (
@@ -339,6 +341,8 @@ ARGUMENTS = {
     ),
     "no such run": (["train", "--resume", "nowhere"], ["nowhere", "no such folder"]),
     "a run that is none": (["train", "--resume", "."], ["experiment.json", "run folder"]),
+    "a folder that is neither run nor store": (["columns", "empty"], ["empty", "run folder", "or a column store"]),
+    "a folder for a report": (["report", "RUN", "-o", "empty"], ["empty: a folder", "did you mean empty/report.html?"]),
     "no such example": (["example", "show", "pong_sop"], ["pong_sop", "did you mean 'pong_soup'?"]),
     "no such cluster": (["train", "-f", "soup.yaml", "--ray-address", "nowhere:1"], ["--ray-address nowhere:1"]),
     "a Ray client's address": (["train", "-f", "soup.yaml", "--ray-address", "ray://x:1"], ["ray://x:1", "HOST:PORT"]),
@@ -357,6 +361,8 @@ def test_bad_arguments(
 ) -> None:
     arguments, words = ARGUMENTS[name]
     stored = str(soup_run(folder))
+    (folder / "other.yaml").write_text(SOUP.replace("soup:", "other:"))
+    (folder / "empty").mkdir()
     if "--ray-address" in arguments:
         monkeypatch.setattr(run, "ray_session", REAL_RAY)
         monkeypatch.setattr(ray, "is_initialized", lambda: False)

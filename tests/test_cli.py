@@ -119,6 +119,25 @@ def test_resuming_tells_what_was_edited(old: str, new: str, words: str | None, r
         assert "the run keeps its own settings" in told[0]
 
 
+def test_resuming_with_a_file(rllib, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = soup_run(folder)
+    RunFolder(stored).set_status("finished")
+    (folder / "mine.yaml").write_text(SOUP.replace("learner: 500", "learner: 600"))
+    code, out, err = rllib("train", "-f", "mine.yaml", "--resume", stored)
+    assert (code, err) == (0, "")
+    assert out.startswith("mine.yaml: config.train_batch_size_per_learner is 600 there by now")
+    assert rllib("train", "-f", "soup.yaml", "--resume", stored)[1].startswith("Finished before")
+    # A run may be named as it is in the storage.
+    assert rllib("train", "--storage", "runs", "--resume", stored.relative_to("runs"))[1].startswith("Finished before")
+
+
+@pytest.mark.parametrize("arguments", [(), ("example",)])
+def test_without_a_command_there_is_help(arguments: tuple[str, ...], rllib) -> None:
+    code, out, err = rllib(*arguments)
+    assert code == 2 and out == ""
+    assert err.lstrip().startswith(" ".join(["Usage: rllib", *arguments])) and err.count("\n") > 5
+
+
 def test_where_columns_came_from_is_no_edit(folder: Path) -> None:
     stored = soup_run(folder)
     for given in (stored, stored.parent, stored.absolute(), Path("..") / folder.name / stored):
@@ -148,6 +167,41 @@ def test_columns(part: str, rllib, folder: Path) -> None:
     for index, entry in enumerate(ColumnStore(stored / "columns").entries):
         row = rf"^ +{index} +{entry.task} .*rllib_pnn/CartPoleSoup-v0 variant={entry.task} +{entry.fingerprint[:12]}"
         assert re.search(row, out, re.M)
+
+
+def test_columns_of_runs_that_have_some(rllib, folder: Path) -> None:
+    (folder / "soup.yaml").write_text(SOUP)
+    stored = soup_run(folder)
+    text = (stored.parent / "plan.json").read_text()
+    (stored.parent / "plan.json").write_text(text.replace('"seed_0"', '"seed_0", "seed_1"'))
+    shutil.copytree(stored, stored.parent / "seed_1", ignore=shutil.ignore_patterns("columns"))
+    code, out, _ = rllib("columns", stored.parent)
+    assert code == 0 and "seed_0/columns: 2 columns" in out and "seed_1" not in out
+    shutil.rmtree(stored / "columns")
+    code, _, err = rllib("columns", stored.parent)
+    assert code == 2 and "no column is frozen yet" in err
+
+
+def test_evaluate_columns_that_came_from_another_run(rllib, folder: Path) -> None:
+    stored = soup_run(folder)
+    manifest, experiment = stored / "columns" / "manifest.json", stored / "experiment.json"
+    data, plan = json.loads(manifest.read_text()), json.loads(experiment.read_text())
+    data["columns"][0] |= {"task": "elsewhere:plain", "extra": {"source": "elsewhere"}}
+    manifest.write_text(json.dumps(data))
+    tasks = plan["progressive"]["tasks"]
+    tasks.remove(next(task for task in tasks if task["name"] == "plain"))
+    experiment.write_text(json.dumps(plan))
+    code, out, err = rllib("evaluate", stored, "--episodes", 2)
+    assert (code, err) == (0, "")
+    assert {task: k for task, (k, _) in _returns(out).items()} == {
+        "plain": "0",
+        "flipped": "1",
+    }
+    assert rllib("evaluate", stored, "--task", "plain", "--episodes", 2)[0] == 0
+    tasks.append({"name": "plain", "env_config": {"variant": "permuted"}, "until": {"num_env_steps": 9}})
+    experiment.write_text(json.dumps(plan))
+    _, out, _ = rllib("evaluate", stored, "--episodes", 2)
+    assert {task: k for task, (k, _) in _returns(out).items()} == {"elsewhere:plain": "0", "flipped": "1"}
 
 
 def _returns(out: str) -> dict[str, tuple[str, float]]:

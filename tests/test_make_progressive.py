@@ -491,6 +491,17 @@ def test_columns_from_another_run_stand_in_front(tmp_path):
     assert entries[1].num_sources == 1
 
 
+def test_columns_from_another_run_must_have_such_layers(tmp_path):
+    network = rllib_pnn.ProgressiveNetwork((4,), 2, "mlp")
+    network.add_column()
+    network.freeze()
+    ColumnStore(tmp_path / "source").save_column(network, 0, task="plain")
+    given = {"columns_from": tmp_path / "source", "column": [{"dense": 32}]}
+    with pytest.raises(ValueError, match=r"^columns_from: .*can't take laterals from column 0.*give `column`"):
+        progressive(tmp_path, **given)
+    progressive(tmp_path, **given, lateral="none")
+
+
 def test_a_users_callbacks_and_config_stay(tmp_path):
     class Mine(RLlibCallback):
         pass
@@ -580,6 +591,7 @@ def test_evaluation_repeats_itself_bit_for_bit():
         ({"lateral_scale": "loud"}, "lateral_scale: expected a finite number"),
         ({"evaluation_episodes": -1}, "evaluation_episodes"),
         ({"input_shift": "none"}, "input_shift"),
+        ({"evaluation_seed": -1}, "evaluation_seed: expected a whole number from 0"),
         ({"column": "atary"}, "did you mean 'atari'"),
         ({"column": "atari"}, "use the preset 'mlp'"),
         ({"columns_from": "/nowhere"}, "no such folder"),

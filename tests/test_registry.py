@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from importlib.metadata import entry_points
 
 import gymnasium as gym
 import numpy as np
@@ -54,6 +55,11 @@ def test_gymnasium_imports_the_registry_on_request():
         "print(env.unwrapped.variant)\n"
     )
     assert output.strip() == "flipped"
+
+
+def test_the_entry_point_registers_the_ids():
+    (entry,) = (e for e in entry_points(group="gymnasium.envs") if e.value.startswith("rllib_pnn."))
+    assert entry.load() is register_envs
 
 
 def test_registering_again_changes_nothing(recwarn):

@@ -41,7 +41,7 @@ def test_layers_as_a_yaml_file_gives_them() -> None:
         ]
     )
     assert spec.layers == (Conv(12, 8, 4, 1), Conv(6, 3, 1, 0), Dense(32), LSTM(16))
-    assert (spec.is_recurrent, spec.num_convs, spec.name) == (True, 2, "custom")
+    assert (spec.is_recurrent, spec.name) == (True, "custom")
     assert [layer.width for layer in spec.layers] == [12, 6, 32, 16]
     assert not ColumnSpec.parse("atari").is_recurrent
 
@@ -107,3 +107,11 @@ def test_whatever_comes_gives_a_specification_or_a_value_error(value: object) ->
         assert str(error).startswith("column:")
     else:
         assert ColumnSpec.parse(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_a_specification_may_be_made_as_it_is_parsed() -> None:
+    for layers in ("atari", [{"dense": 8}, {"lstm": 4}]):
+        assert ColumnSpec(layers) == ColumnSpec.parse(layers)
+    assert ColumnSpec([{"dense": 8}], name="mine").name == "mine"
+    with pytest.raises(ValueError, match="did you mean 'atari'"):
+        ColumnSpec("atary")

@@ -1,6 +1,7 @@
 """Run folders and transfer scores: cases worked out by hand, identities, damaged files."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -81,6 +82,14 @@ def test_top_keeps_the_best_runs_of_both_sides():
 def test_curves_on_other_grids_are_refused():
     with pytest.raises(TransferError, match="3 points for the target, 2 for the baseline"):
         transfer_score([1, 2, 3], [1, 2], floor=0)
+
+
+@pytest.mark.parametrize(
+    ("curves", "words"), [([1.0, math.nan], "target_curves: expected finite"), ([[[1.0, 2.0]]], r"got \(1, 1, 2\)")]
+)
+def test_curves_that_are_none_are_refused(curves, words):
+    with pytest.raises(TransferError, match=words):
+        transfer_score(curves, [1.0, 1.0], floor=0.0)
 
 
 def test_interval_agrees_with_scipy_and_is_seeded():

@@ -75,6 +75,8 @@ def write_report(
         ValueError: no run could be read, or `out` can't be written; one line.
     """
     out = Path(out)
+    if out.is_dir():
+        raise ValueError(f"{out}: a folder, expected a file; did you mean {out / 'report.html'}?")
     read, problems = read_runs(runs)
     names = _names(read, out)
     if top is None:

@@ -179,6 +179,9 @@ def transfer_score(target_curves: Any, baseline_curves: Any, *, floor: float, to
             f"curves are on different grids: {target.shape[-1]} points for the target, "
             f"{baseline.shape[-1]} for the baseline"
         )
+    for name, curves in (("target", target), ("baseline", baseline)):
+        if curves.ndim > 2 or not np.isfinite(curves).all():
+            raise TransferError(f"{name}_curves: expected finite returns of shape (S, G) or (G,), got {curves.shape}")
     areas = area_under_curve(target, floor), area_under_curve(baseline, floor)
     return _ratio(_seed_mean(areas[0], top), _seed_mean(areas[1], top))
 

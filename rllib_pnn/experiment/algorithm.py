@@ -96,6 +96,7 @@ _AT_LEAST: dict[str, float] = {
     "train_batch_size": 1,
     "train_batch_size_per_learner": 1,
 }
+_AT_MOST: dict[str, float] = {"gamma": 1, "lambda": 1, "lambda_": 1}
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,8 @@ def _checked(plan: Plan, where: KeyPath, value: Any, parameter: _Parameter) -> A
     least = _AT_LEAST.get(key, 0 if key.startswith(("num_", "evaluation_num_")) else -math.inf)
     if isinstance(value, int | float) and not isinstance(value, bool) and not value >= least:
         raise plan.error(where, f"expected at least {least:g}, got {short(value)}")
+    if isinstance(value, int | float) and value > _AT_MOST.get(key, math.inf):
+        raise plan.error(where, f"expected at most {_AT_MOST[key]:g}, got {short(value)}")
     return value
 
 

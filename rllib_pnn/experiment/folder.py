@@ -270,14 +270,15 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     return settings
 
 
-def edited(path: Path, plan: Plan) -> str | None:
+def edited(path: Path, plan: Plan, source: Path | None = None) -> str | None:
     """What the tuned example of an experiment says otherwise by now, in one line; None if nothing or it is gone.
 
     Args:
         path: the experiment's folder.
         plan: its runs, or some of them, as they were started.
+        source: the tuned example; the file that the experiment came from if None.
     """
-    source = Path(read_plan(path).source)
+    source = source or Path(read_plan(path).source)
     if not source.is_file():
         return None
     keeps = "the run keeps its own settings"
@@ -362,8 +363,11 @@ def check_storage(storage: Path) -> None:
         )
 
 
-def find_runs(path: Path) -> list[RunFolder]:
+def find_runs(path: Path, *, expected: str = "a run folder of `rllib train`") -> list[RunFolder]:
     """The run folders that `path` names: itself, or those of an experiment.
+
+    Args:
+        expected: what the complaint asks for.
 
     Raises:
         InputError: it is neither.
@@ -373,17 +377,15 @@ def find_runs(path: Path) -> list[RunFolder]:
     if (path / PLAN_FILE).is_file():
         return [RunFolder(path / name) for name in read_plan(path).runs]
     if not path.exists():
-        raise InputError(f"{path}: no such folder, expected a run folder of `rllib train`")
+        raise InputError(f"{path}: no such folder, expected {expected}")
     if not path.is_dir():
-        raise InputError(f"{path}: a file, expected a run folder of `rllib train`")
+        raise InputError(f"{path}: a file, expected {expected}")
     below = sorted(file.parent for file in path.glob(f"*/{PLAN_FILE}"))
     mend = f"; did you mean {below[-1]}?" if below else ""
     stores = [store for store in (path, path / COLUMNS_FOLDER) if (store / "manifest.json").is_file()]
     if stores:
         mend = f"; {stores[0]} is a column store, which `columns_from` of a new run takes"
-    raise InputError(
-        f"{path}: holds neither {EXPERIMENT_FILE} nor {PLAN_FILE}, expected a run folder of `rllib train`{mend}"
-    )
+    raise InputError(f"{path}: holds neither {EXPERIMENT_FILE} nor {PLAN_FILE}, expected {expected}{mend}")
 
 
 def find_experiment(path: Path) -> tuple[Path, list[str]]:

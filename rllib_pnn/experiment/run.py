@@ -65,7 +65,7 @@ from rllib_pnn.experiment.folder import (
     write_whole,
 )
 from rllib_pnn.experiment.progress import Display, RunProgress
-from rllib_pnn.experiment.spec import METRIC_NAMES, METRICS, Experiment, Plan, load_experiment
+from rllib_pnn.experiment.spec import METRIC_NAMES, METRICS, Experiment, Plan, load_experiment, load_plans
 from rllib_pnn.network.store import ColumnStore, ColumnStoreError
 from rllib_pnn.registration import register
 from rllib_pnn.text import did_you_mean, printable
@@ -142,19 +142,27 @@ def train(
                 return
 
 
-def resume(path: Path, *, console: Console, ray_address: str | None = None, verbose: bool = False) -> Outcome:
+def resume(
+    path: Path, *, console: Console, file: Path | None = None, ray_address: str | None = None, verbose: bool = False
+) -> Outcome:
     """Goes on with the unfinished runs of an experiment, or with the one run that `path` is, from the last checkpoints.
 
     Their settings are those that they were started with; if their file says something else by now, that is told.
 
+    Args:
+        file: the tuned example to compare with; the one that they came from if None.
+
     Raises:
-        InputError: `path` is no experiment or run folder, or it can't run here. Nothing was changed then.
+        InputError: `path` is no experiment or run folder, `file` does not describe it, or it can't run here. Nothing
+            was changed then.
     """
     path, names = find_experiment(path)
     experiments = {name: load_experiment(path / name / "experiment.json") for name in names}
     source = next(iter(experiments.values()))[0]
     plan = Plan(read_plan(path).name, source, {name: experiment for name, (_, experiment) in experiments.items()})
-    change = edited(path, plan)
+    if file is not None and plan.name not in (given := [found.name for found in load_plans(file)]):
+        raise InputError(f"{file}: describes {', '.join(given)}, but {path} is of '{plan.name}'")
+    change = edited(path, plan, file)
     if change is not None:
         console.print(printable(change), markup=False, highlight=False, soft_wrap=True)
     if plan.is_transfer:
@@ -185,6 +193,8 @@ def make_config(
     config = build_config(plan, experiment, cluster, num_runs=num_runs)
     progressive = experiment.progressive
     if progressive is None:
+        if config.is_online and config.env is None:
+            raise plan.error(("env",), "missing, expected the id of an environment")
         if experiment.env is not None and config.is_online and not config.is_multi_agent:
             check_env(plan, experiment)
         return config

@@ -71,10 +71,15 @@ class ColumnSpec:
     - `mlp`: two layers of 64 units, for vector observations.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer, ...]  # or what `parse` takes
     name: str = "custom"
 
     def __post_init__(self) -> None:
+        given: Any = self.layers
+        if isinstance(given, str) or any(isinstance(layer, Mapping) for layer in given):
+            parsed = ColumnSpec.parse(given)
+            object.__setattr__(self, "layers", parsed.layers)
+            object.__setattr__(self, "name", parsed.name if self.name == "custom" else self.name)
         if not self.layers:
             raise ValueError("column: a column needs at least one hidden layer, got an empty list")
         if len(self.layers) > MAX_LAYERS:
@@ -97,10 +102,6 @@ class ColumnSpec:
     @property
     def is_recurrent(self) -> bool:
         return any(isinstance(layer, LSTM) for layer in self.layers)
-
-    @property
-    def num_convs(self) -> int:
-        return sum(isinstance(layer, Conv) for layer in self.layers)
 
     @classmethod
     def parse(cls, value: str | ColumnSpec | Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> ColumnSpec:

@@ -36,6 +36,7 @@ from ray.tune.registry import ENV_CREATOR, _global_registry
 from rllib_pnn.analysis.runs import RunError, find_columns
 from rllib_pnn.envs.registry import ENV_IDS, full_id, unknown_id
 from rllib_pnn.network.adapter import LATERALS
+from rllib_pnn.network.column import check_source, layer_shapes
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.spec import ColumnSpec
 from rllib_pnn.network.store import ColumnStore
@@ -125,6 +126,8 @@ def make_progressive(
         raise ValueError(f"lateral_scale: expected a finite number, got {lateral_scale!r}")
     if isinstance(evaluation_episodes, bool) or not isinstance(evaluation_episodes, int) or evaluation_episodes < 0:
         raise ValueError(f"evaluation_episodes: expected a whole number from 0, got {evaluation_episodes!r}")
+    if isinstance(evaluation_seed, bool) or not isinstance(evaluation_seed, int) or evaluation_seed < 0:
+        raise ValueError(f"evaluation_seed: expected a whole number from 0, got {evaluation_seed!r}")
     _check_config(config)
     for line in ignored_settings(config):
         logger.warning(line)
@@ -163,6 +166,13 @@ def make_progressive(
                 f"{shared.num_outputs} policy outputs, the tasks have {network.given_observation_shape} and "
                 f"{network.num_outputs}"
             )
+        if architecture in ("progressive", "random_column") and lateral != "none":
+            shapes = layer_shapes(network.spec, network.observation_shape)
+            for j, entry in enumerate(source.entries):
+                try:
+                    check_source(shapes, j, layer_shapes(ColumnSpec.parse(entry.spec), network.observation_shape))
+                except ValueError as error:
+                    raise ValueError(f"columns_from: {source.path}: {error}; give `column` such layers") from None
 
     settings = {
         "tasks": [t.to_json() | {"input_shift": m} for t, m in zip(merged, shifts, strict=True)],
