@@ -75,9 +75,14 @@ def test_new_weights_go_into_the_same_parameters():
     assert torch.equal(held[0], other.network.trainable_parameters()[0])
 
 
+def share(module):
+    frozen = [entry for entry in module.get_state()["columns"] if entry["fingerprint"]]
+    module.use_references({entry["fingerprint"]: ray.put(entry) for entry in frozen})
+
+
 def test_frozen_columns_travel_by_reference_and_are_shared(object_store):
     learner, runner = grow(make(), 2), make(inference_only=True)
-    learner.share_frozen_columns()
+    share(learner)
     state = learner.get_state(inference_only=True)
     assert [set(entry) for entry in state["columns"][:2]] == [{"fingerprint", "reference"}] * 2
     runner.set_state(state)
@@ -92,7 +97,7 @@ def test_frozen_columns_travel_by_reference_and_are_shared(object_store):
 def test_a_broadcast_does_not_grow_with_frozen_columns(object_store):
     def size(columns):
         module = grow(make(lateral="none"), columns - 1)
-        module.share_frozen_columns()
+        share(module)
         state = module.get_state(inference_only=True)
         stripped = [{k: v for k, v in entry.items() if k != "reference"} for entry in state["columns"]]
         return len(pickle.dumps(stripped))
@@ -102,7 +107,7 @@ def test_a_broadcast_does_not_grow_with_frozen_columns(object_store):
 
 def test_a_checkpoint_state_holds_everything(object_store):
     module = grow(make())
-    module.share_frozen_columns()
+    share(module)
     assert all("parameters" in entry for entry in module.get_state()["columns"])
 
 

@@ -216,15 +216,8 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def share_frozen_columns(self) -> dict[str, ray.ObjectRef]:
-        """Puts frozen columns that are not there yet into the object store; `{fingerprint: reference}` of all."""
-        for column in self.network.columns:
-            if column.fingerprint is not None and column.fingerprint not in self._references:
-                self._references[column.fingerprint] = ray.put(_column_state(column))
-        return dict(self._references)
-
     def use_references(self, references: Mapping[str, ray.ObjectRef]) -> None:
-        """From now on broadcasts name these frozen columns by reference."""
+        """From now on broadcasts name these frozen columns, by fingerprint, as objects in Ray's store."""
         self._references.update(references)
 
     @override(RLModule)
