@@ -208,7 +208,7 @@ def test_pong_soup(monkeypatch: pytest.MonkeyPatch) -> None:
     """At least 95 % of the episodes of all eight variants."""
     make, made = evaluation.make_vector_env, {}
 
-    def make_once(env: str, env_config: dict, num_envs: int) -> object:
+    def make_once(env: str, env_config: dict, num_envs: int, **_: object) -> object:
         """Making six emulators takes longer than the steps that count."""
         key = (env_config["variant"], num_envs)
         if key not in made:
