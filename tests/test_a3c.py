@@ -241,7 +241,6 @@ def asynchronous(cluster: None):
     """A running algorithm with two EnvRunners, each with two requests on their way."""
     config = make_config(num_env_runners=2)
     config.env_runners(max_requests_in_flight_per_env_runner=2)
-    config.training(max_gradient_staleness=1000)  # the machine may be busy, and one of the two wait
     algo = config.build_algo()
     yield algo
     algo.stop()

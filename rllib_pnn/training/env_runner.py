@@ -447,9 +447,8 @@ class _Column:
                 self._write_carried()
         block = self._blocks[number]
         if isinstance(block, np.ndarray):
-            wider = np.result_type(block, values)
-            if wider != block.dtype:  # an environment's rewards, say, that are whole numbers at first
-                block = self._blocks[number] = block.astype(wider)
+            if values.dtype != block.dtype:  # an environment's rewards, say, that are whole numbers at first
+                block = self._blocks[number] = block.astype(np.result_type(block, values), copy=False)
             block[:, offset] = values
         else:
             tree.map_structure(lambda b, v: b.__setitem__((slice(None), offset), v), block, values)
