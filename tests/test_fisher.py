@@ -317,6 +317,28 @@ def test_a_recurrent_rollout_gives_sequences_and_the_states_before_them():
     average_fisher_sensitivity(network, rollout)
 
 
+def test_columns_of_different_depth():
+    network = ProgressiveNetwork((5,), 2, [{"dense": 4}])
+    network.add_column()
+    network.add_column([{"dense": 4}, {"dense": 3}], lateral="none")
+    found = average_fisher_sensitivity(network, vectors(20))
+    np.testing.assert_array_equal(found.values, [[0, 1], [0, 1]])
+
+
+def test_too_few_steps_for_two_sequences_is_told():
+    network = network_of(2, (4,), [{"lstm": 3}], outputs=2)
+    rollout = play(network, "CartPole-v1", num_episodes=2, num_states=40, num_envs=2)
+    with pytest.raises(ValueError, match="at least 2 sequences \\(num_states counts their steps\\), got 1"):
+        average_fisher_sensitivity(network, rollout)
+
+
+def test_an_episode_that_does_not_end_counts_with_its_return_so_far(monkeypatch, caplog):
+    monkeypatch.setattr("rllib_pnn.analysis.rollouts.MAX_EPISODE_STEPS", 5)
+    rollout = play(network_of(1, (4,), [{"dense": 4}], outputs=2), "CartPole-v1", num_episodes=4, num_envs=2)
+    assert rollout.returns.tolist() == [5] * 4
+    assert "did not end" in caplog.text
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # gymnasium's own destructor
 def test_environments_that_do_not_fit_are_one_line():
     network = network_of(1, (4,), [{"dense": 4}], outputs=3)

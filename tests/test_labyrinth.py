@@ -343,16 +343,20 @@ def test_render_shows_the_same_game_larger() -> None:
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_wrong_arguments_say_what_is_wanted() -> None:
-    with pytest.raises(ValueError, match=r"level: expected one of track_1, .*; did you mean 'track_1'\?"):
+    with pytest.raises(ValueError, match=r"Labyrinth-v0: level is 'track1'; did you mean 'track_1'\?"):
         LabyrinthEnv("track1")
-    with pytest.raises(ValueError, match="frame_skip: expected an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="frame_skip must be a whole number >= 1, got 0"):
         LabyrinthEnv(frame_skip=0)
-    with pytest.raises(ValueError, match="episode_seconds: expected a finite number of seconds above 0"):
-        LabyrinthEnv(episode_seconds=-1)
-    with pytest.raises(ValueError, match="num_envs: expected an integer of at least 1, got 0"):
+    for seconds in (-1, "60", float("inf")):
+        with pytest.raises(ValueError, match="episode_seconds must be a number from"):
+            LabyrinthEnv(episode_seconds=seconds)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_envs must be a whole number >= 1, got 0"):
         LabyrinthVectorEnv(0)
-    with pytest.raises(ValueError, match="render_mode: expected None or 'rgb_array', got 'human'"):
+    with pytest.raises(ValueError, match="render_mode is 'human'; expected one of rgb_array"):
         LabyrinthEnv(render_mode="human")
+    for make in (LabyrinthEnv, LabyrinthVectorEnv):
+        with pytest.raises(ValueError, match=r"unknown option 'levle'; did you mean 'level'\?"):
+            make(levle="track_1")
     with pytest.raises(gym.error.ResetNeeded):
         LabyrinthEnv().step(0)
 

@@ -56,7 +56,9 @@ def test_many_runs_become_a_band(tmp_path):
     [
         ("PongSoup", "variant", ("zoom", "noisy"), True),
         ("Atari", "game", ("hero", "robotank"), False),
-        ("Labyrinth", "level", ("track_1", "avoid_1"), False),  # floors are not known
+        ("Labyrinth", "level", ("track_1", "track_2"), True),
+        ("Labyrinth", "level", ("track_1", "avoid_1"), False),
+        ("Strange", "level", ("a", "b"), False),  # floors are not known
     ],
 )
 def test_targets_of_one_floor_share_the_y_axis(tmp_path, env, key, targets, shared):
@@ -92,8 +94,27 @@ def test_the_bars_label_fits_beside_a_single_row(tmp_path, name):
     assert label.y0 > 0 and label.y1 < figure.bbox.height
 
 
+@pytest.mark.filterwarnings("error:constrained_layout not applied")
+def test_a_chain_of_eight_tasks_has_its_matrices_side_by_side(tmp_path):
+    names = ["pong", "noisy", "black", "white", "zoom", "v_flip", "h_flip", "vh_flip"]
+    write_run(tmp_path / "chain", {name: flat(-1) for name in names})
+    for name in names:
+        write_run(tmp_path / f"scratch_{name}", {name: flat(-11)}, architecture="scratch")
+    table = transfer_tables(read_runs([tmp_path])[0])[0]
+    figure = plots.plot_transfer_matrix(table)
+    figure.draw_without_rendering()
+    panels = [axis for axis in figure.axes if axis.get_title(loc="left")]
+    assert len(panels) == 7
+    for axis in panels:  # no source's name reaches into a panel beside it
+        others = [other.get_window_extent() for other in panels if other is not axis]
+        for label in axis.get_yticklabels():
+            assert not any(label.get_window_extent().overlaps(box) for box in others)
+    methods = [row.method for row in table.rows]
+    assert len({plots._colour(method) for method in methods}) == len(methods) == 8
+
+
 def test_a_suite_without_scores_is_refused_in_one_line(tmp_path):
-    write_run(tmp_path / "a", {"track_1": flat(3)}, env="rllib_pnn/Labyrinth-v0")
+    write_run(tmp_path / "a", {"track_1": flat(3)}, env="Strange-v0")
     table = transfer_tables(read_runs([tmp_path])[0])[0]
     plots.plot_learning_curves(table)
     for draw in (plots.plot_transfer_table, plots.plot_transfer_matrix):

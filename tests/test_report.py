@@ -203,6 +203,16 @@ def test_damaged_analyses_are_notes(runs, tmp_path):
     assert sum("afs.json" in note or "aps.json" in note for note in found["notes"]) == 2
 
 
+@pytest.mark.parametrize("laterals", [[["2"]], 5, {"a": 1}, [1, 2]])
+def test_damaged_laterals_are_a_note(runs, tmp_path, laterals):
+    folder = runs / "chain" / "analysis" / "column_001"
+    folder.mkdir(parents=True)
+    shares = {"method": "afs", "column": 1, "layers": ["1: dense 4"], "values": [[0.5, 0.5]], "raw": [[[1.0], [1.0]]]}
+    (folder / "afs.json").write_text(json.dumps(shares | {"settings": {"laterals": laterals}}))
+    found = write_report([runs], tmp_path / "report.html")
+    assert any("afs.json: not a sensitivity" in note for note in found["notes"])
+
+
 def test_the_report_imports_neither_torch_nor_ray():
     code = "import sys, rllib_pnn.analysis.report; print({'torch', 'ray'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -225,6 +235,22 @@ def test_analyze_writes_what_the_report_shows(cartpole, tmp_path):
     write_report([run], tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
     assert "policy of mirrored" in page.text and re.search(r"AFS over \d+ states, sampled actions", page.text)
+
+
+def test_afs_is_kept_when_aps_is_refused(cartpole, tmp_path):
+    run, _ = cartpole
+    options = {"out": tmp_path / "here", "num_episodes": 2, "num_states": 32}
+    with pytest.raises(ValueError, match="not above the floor"):
+        analyze_run(run, ["afs", "aps"], floor=1000, **options)
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["afs.json"]
+
+
+def test_an_unknown_floor_is_told_before_anything_is_played(cartpole, tmp_path, monkeypatch):
+    run, _ = cartpole
+    monkeypatch.setattr("rllib_pnn.analysis.analyze.known_floor", lambda env, config: None)
+    monkeypatch.setattr("rllib_pnn.analysis.analyze.play", None)
+    with pytest.raises(ValueError, match="its lowest return is not known"):
+        analyze_run(run, ["afs", "aps"])
 
 
 def test_analyze_by_task_name_and_elsewhere(cartpole, tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from rllib_pnn.analysis.transfer import (
     forgetting,
     forward_transfer,
     interquartile_mean,
+    known_ceiling,
     known_floor,
     learning_curve,
     step_grid,
@@ -140,7 +142,28 @@ def test_known_floors():
     assert known_floor("rllib_pnn/PongSoup-v0", {"variant": "noisy"}).value == -21
     assert known_floor("rllib_pnn/Atari-v0", {"game": "pong"}).value == -21
     assert known_floor("rllib_pnn/Atari-v0", {"game": "road_runner"}).value == 11.5
-    assert known_floor("rllib_pnn/Labyrinth-v0", {"level": "avoid_1"}) is None
+    assert known_floor("rllib_pnn/Atari-v0", {}).value == -21  # its game is Pong by default
+    assert known_floor("rllib_pnn/Labyrinth-v0", {"level": "avoid_1"}).value == -18
+    assert known_floor("rllib_pnn/Labyrinth-v0", {}).value == 0
+    assert known_floor("rllib_pnn/Labyrinth-v0", {"level": ["odd"]}) is None
+    assert known_floor("MyCartPole-v0", {}) is None
+    assert known_floor("CartPole-v1", {"sutton_barto_reward": True}) is None  # returns are at most 0
+
+
+def test_known_ceilings():
+    assert known_ceiling("rllib_pnn/Atari-v0", {}) == 21
+    assert known_ceiling("rllib_pnn/Atari-v0", {"game": "hero"}) is None
+    assert known_ceiling("rllib_pnn/CartPoleSoup-v0", {"variant": "plain"}) == 500
+    assert known_ceiling("rllib_pnn/CartPoleSoup-v0", {"max_episode_steps": 200}) == 200
+    assert known_ceiling("rllib_pnn/CartPoleSoup-v0", {"max_episode_steps": "odd"}) is None
+
+
+def test_what_is_known_of_labyrinth_is_what_its_levels_hold():
+    levels = pytest.importorskip("rllib_pnn.envs.labyrinth_levels").LEVELS
+    for name, level in levels.items():
+        env, config = "rllib_pnn/Labyrinth-v0", {"level": name}
+        assert known_ceiling(env, config) == level.num_good_items
+        assert known_floor(env, config).value == (-level.num_good_items if name.startswith("avoid") else 0)
 
 
 # -- run folders
@@ -301,6 +324,13 @@ def test_missing_folders_and_files(tmp_path):
         read_run(path)
 
 
+def test_a_run_that_is_named_twice_counts_once(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "runs" / "a", {"pong": flat(-20)})
+    (tmp_path / "link").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    assert find_runs(["runs", tmp_path / "runs", run, tmp_path / "link"]) == [Path("runs/a")]
+
+
 def test_one_damaged_run_does_not_hide_the_others(tmp_path):
     write_run(tmp_path / "trials" / "good", {"pong": flat(-20)})
     bad = write_run(tmp_path / "trials" / "bad", {"pong": flat(-20)})
@@ -405,13 +435,46 @@ def test_floor_can_be_given(experiment):
 
 
 def test_no_floor_no_baseline_no_score_but_curves(tmp_path):
-    write_run(tmp_path / "a", {"track_1": flat(3), "track_2": flat(4)}, env="rllib_pnn/Labyrinth-v0")
+    write_run(tmp_path / "a", {"track_1": flat(3), "track_2": flat(4)}, env="Strange-v0")
     write_run(tmp_path / "b", {"zoom": flat(3)}, source_tasks=["pong"])
-    labyrinth, pong = transfer_tables(read_runs([tmp_path])[0])
-    assert labyrinth.rows == () and pong.rows == ()
-    assert len(labyrinth.targets) == 2
-    assert any("floor is not known" in note for note in labyrinth.notes)
+    strange, pong = transfer_tables(read_runs([tmp_path])[0])
+    assert strange.rows == () and pong.rows == ()
+    assert len(strange.targets) == 2
+    assert any("floor is not known" in note for note in strange.notes)
     assert any("no scratch run" in note for note in pong.notes)
+
+
+def test_labyrinth_has_the_papers_column_of_table_1(tmp_path):
+    write_run(tmp_path / "a", {"track_2": flat(4)}, env="rllib_pnn/Labyrinth-v0", architecture="scratch")
+    write_run(tmp_path / "b", {"track_2": flat(6)}, env="rllib_pnn/Labyrinth-v0", source_tasks=["track_1"])
+    (table,) = transfer_tables(read_runs([tmp_path])[0])
+    row = table.row("progressive_2")
+    # `write_run` gives the level's name as `variant`: the default level's floor is 0, too.
+    assert (row.mean.value, row.paper) == (pytest.approx(150), (491, 115))
+
+
+def test_runs_that_are_not_alike_are_told(tmp_path):
+    paths = [
+        write_run(tmp_path / "a", {"zoom": flat(-11)}, architecture="scratch"),
+        write_run(tmp_path / "b", {"zoom": flat(-1)}, source_tasks=["pong"]),
+    ]
+    assert transfer_tables(read_runs(paths)[0])[0].notes == ()
+    file = paths[1] / "experiment.json"
+    file.write_text(
+        file.read_text().replace('"PPO"', '"A3C"').replace('"variant": "zoom"', '"variant": "zoom", "x": 1')
+    )
+    notes = transfer_tables(read_runs(paths)[0])[0].notes
+    assert any("zoom: runs of different algorithms (A3C, PPO)" in note for note in notes)
+    assert any("zoom: runs with 2 different env_configs" in note for note in notes)
+
+
+def test_columns_without_laterals_are_scratch(tmp_path):
+    path = write_run(tmp_path / "a", {"pong": flat(-20), "zoom": flat(-11)})
+    file = path / "experiment.json"
+    experiment = json.loads(file.read_text())
+    experiment["progressive"]["lateral"] = "none"
+    file.write_text(json.dumps(experiment))
+    assert [(task.method, task.sources) for task in read_run(path).tasks] == [("scratch", ())] * 2
 
 
 def test_a_run_that_ended_by_its_return_holds_it_and_a_short_one_is_left_out(tmp_path):

@@ -74,6 +74,12 @@ def analyze_run(
     network, k = subject.network, subject.column
     folder = Path(out) if out is not None else _inside(run, ANALYSIS_FOLDER, f"column_{k:03d}")
     found: dict[str, Sensitivity] = {}
+    files: list[Path] = []
+    if "aps" in methods and floor is None:  # before anything that takes minutes
+        known = known_floor(subject.env, subject.env_config)
+        if known is None:
+            raise ValueError(f"{subject.env}: its lowest return is not known, and APS needs one: give the floor")
+        floor = known.value
     rollout = subject.play(num_episodes, seed, num_states, num_envs)
     summary: dict[str, Any] = {
         "run": str(run),
@@ -86,12 +92,9 @@ def analyze_run(
         found["afs"] = average_fisher_sensitivity(
             network, rollout, column=k, actions=actions, seed=seed, tasks=subject.tasks
         )
+        files.append(_write_json(folder / "afs.json", found["afs"].to_json()))  # whatever becomes of APS
     if "aps" in methods:
-        if floor is None:
-            known = known_floor(subject.env, subject.env_config)
-            if known is None:
-                raise ValueError(f"{subject.env}: its lowest return is not known, and APS needs one: give the floor")
-            floor = known.value
+        assert floor is not None
         found["aps"] = average_perturbation_sensitivity(
             network,
             subject.env,
@@ -106,7 +109,7 @@ def analyze_run(
             tasks=subject.tasks,
             map=map,
         )
-    files = [_write_json(folder / f"{method}.json", result.to_json()) for method, result in found.items()]
+        files.append(_write_json(folder / "aps.json", found["aps"].to_json()))
     drawn = _with_earlier(folder, found)
     files.append(plots.save(plots.plot_sensitivity(drawn), folder / "sensitivity.png"))
     if "afs" in found and (filters := most_used_filters(network, found["afs"])):

@@ -82,7 +82,8 @@ def average_fisher_sensitivity(
             resets = torch.as_tensor(observations.resets)
         observations = observations.observations
     if len(observations) < 2:
-        raise ValueError(f"observations: expected at least 2, got {len(observations)}")
+        what = "sequences (num_states counts their steps)" if recurrent else "observations"
+        raise ValueError(f"observations: expected at least 2 {what}, got {len(observations)}")
 
     generator = torch.Generator(device=network.device).manual_seed(seed)
     num_actions = None if continuous else network.num_outputs
@@ -129,7 +130,7 @@ def average_fisher_sensitivity(
         tuple(
             (squares[j, i] / num_samples * moments.variance((j, i))).cpu().numpy()
             if (j, i) in squares
-            else np.zeros(specs[j].layers[i - 1].width)
+            else np.zeros(specs[j].layers[i - 1].width if i <= len(specs[j].layers) else 0)
             for j in range(k + 1)
         )
         for i in range(1, len(specs[k].layers) + 1)

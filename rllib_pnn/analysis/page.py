@@ -83,7 +83,7 @@ Every seed counts.
 {% endif %}
 Brackets: {{ suite.confidence }} bootstrap intervals over seeds, drawn within each cell.
 {% if suite.single %}
-Without brackets: one seed only.
+Without brackets: one seed, or all seeds alike.
 {% endif %}
 </p>
 <div class="wide"><table>

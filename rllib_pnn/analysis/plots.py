@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.colors import Normalize, TwoSlopeNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Text
@@ -150,7 +151,11 @@ def plot_transfer_matrix(table: TransferTable) -> Figure:
     slanted = longest > 7
     colours = colormaps["BrBG"]
     below = 0.045 * max(0, longest - 10)  # what slanted names take from the matrix above them
-    size = (max(1.2 + 0.6 * widest, 2.4) * columns + 1.1, (1.1 + 0.55 * deepest + below) * lines + 0.6)
+    wrapped = [textwrap.wrap(source, 22) for sources, _, _ in matrices for source in sources if source]
+    beside = 0.075 * max([0, *(len(line) - 10 for name in wrapped for line in name)])
+    row_height = max([0.55, *(0.17 * len(name) for name in wrapped)])
+    panel = max(1.2 + 0.6 * widest, 2.4) + beside
+    size = (panel * columns + 1.1, (1.1 + row_height * deepest + below) * lines + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     for axis, row, (sources, targets, scores) in zip(axes.flat, rows, matrices, strict=False):
@@ -161,7 +166,7 @@ def plot_transfer_matrix(table: TransferTable) -> Figure:
             axis.text(x, y, text, ha="center", va="center", color="white" if dark else INK, fontsize=10)
         turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
         axis.set_xticks(range(len(targets)), targets, **turned)
-        axis.set_yticks(range(len(sources)), [source or "none" for source in sources])
+        axis.set_yticks(range(len(sources)), [textwrap.fill(source, 22) or "none" for source in sources])
         axis.set_title(row.label, fontsize=10, loc="left")
         axis.tick_params(length=0, labelsize=9)
         for side in axis.spines.values():
@@ -221,7 +226,8 @@ def plot_filters(filters: Sequence[Sequence[Mapping[str, Any]]], tasks: Sequence
 
     Args:
         filters: for each column its filters, each with `weights` (C, h, w), `feature` and `share` of the layer's Fisher
-            information over all columns. The C tiles of a filter are the stacked frames, oldest first.
+            information over all columns. The C tiles of a filter are the input's channels: stacked frames, oldest
+            first, or red, green and blue.
     """
     shown = max((len(column) for column in filters), default=0)
     if shown == 0:
@@ -251,7 +257,11 @@ def plot_filters(filters: Sequence[Sequence[Mapping[str, Any]]], tasks: Sequence
 
 
 def _colour(method: str) -> str:
-    return _COLOURS.get(method, "#0072B2")
+    if method in _COLOURS or not method.startswith("progressive_"):
+        return _COLOURS.get(method, "#0072B2")
+    # Five columns and more: one hue from light to dark, so that their order shows.
+    columns = int(method.removeprefix("progressive_"))
+    return to_hex(colormaps["Purples"](min(0.45 + 0.08 * (columns - 5), 1.0)))
 
 
 def _needs_scores(table: TransferTable) -> None:

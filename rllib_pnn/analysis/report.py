@@ -367,7 +367,8 @@ def _filters(
             figure,
             "First-layer filters with the most Fisher information in each column",
             "First-layer filters with the most Fisher information, most first, with their share of the layer's over "
-            "all columns. The tiles are the stacked frames, oldest first; orange is negative, purple positive.",
+            "all columns. The tiles are the input's channels: stacked frames, oldest first, or red, green, blue; "
+            "orange is negative, purple positive.",
         )
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rllib_pnn.envs.registry import full_id, is_native_vector, register_envs
+from rllib_pnn.envs.registry import full_id, register_envs, vectorization_mode
+from rllib_pnn.envs.score import MAX_EPISODE_STEPS, episode_scores
 from rllib_pnn.network import ProgressiveNetwork
 from rllib_pnn.network.column import Column, Transform
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Rollout:
     """What one column did in its environment."""
 
     returns: np.ndarray
-    """(E,) return per episode, unclipped."""
+    """(E,) return per episode, unclipped; of the first `MAX_EPISODE_STEPS` steps if it does not end."""
     lengths: np.ndarray
     """(E,) agent steps of each episode."""
     observations: np.ndarray
@@ -120,7 +124,7 @@ def make_envs(env: str, env_config: Mapping[str, Any] | None, num_envs: int) -> 
     register_envs()
     try:
         name = full_id(env)
-        mode = "vector_entry_point" if is_native_vector(name) else "sync"
+        mode = vectorization_mode(name)
         return gym.make_vec(name, num_envs=num_envs, vectorization_mode=mode, **dict(env_config or {}))
     except (gym.error.Error, TypeError, ValueError, ImportError, OSError) as error:
         raise ValueError(
@@ -240,13 +244,17 @@ def _play(
         reward_sum[~dead] += np.asarray(rewards)[~dead]
         length[~dead] += 1
         ended = ~dead & (terminated | truncated)
-        for i in np.flatnonzero(ended).tolist():
+        told, scores = episode_scores(infos, ended)
+        endless = ~ended & (length >= MAX_EPISODE_STEPS)
+        for i in np.flatnonzero(ended | endless).tolist():
             if quota[i] > 0:
                 quota[i] -= 1
-                # Environments that clip rewards tell the unclipped score at an episode's end.
-                told = "episode_score" in infos and infos.get("_episode_score", ended)[i]
-                returns.append(float(infos["episode_score"][i] if told else reward_sum[i]))
+                returns.append(float(scores[i] if told[i] else reward_sum[i]))
                 lengths.append(int(length[i]))
+                if endless[i]:
+                    logger.warning(
+                        "an episode of %d steps did not end; it counts with its return so far", MAX_EPISODE_STEPS
+                    )
             reward_sum[i], length[i] = 0.0, 0
         just_reset, dead = (ended, dead) if same_step else (dead, ended)
     return returns, lengths

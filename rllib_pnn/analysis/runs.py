@@ -149,12 +149,12 @@ def find_runs(paths: Iterable[Path | str]) -> list[Path]:
     Raises:
         RunError: a path does not exist, or there is no run folder at or below it.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}  # a run that is named twice, or through a link, counts once
     for path in map(Path, paths):
         if not path.is_dir():
             raise RunError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}; expected a run folder")
         if (path / EXPERIMENT_FILE).is_file():
-            found[path] = None
+            found.setdefault(path.resolve(), path)
             continue
         below = sorted(file.parent for file in path.rglob(EXPERIMENT_FILE))
         if not below:
@@ -167,8 +167,9 @@ def find_runs(paths: Iterable[Path | str]) -> list[Path]:
             raise RunError(
                 f"{path}: no {EXPERIMENT_FILE} here or below{found_instead}; expected a run folder of `rllib train`"
             )
-        found.update(dict.fromkeys(below))
-    return list(found)
+        for folder in below:
+            found.setdefault(folder.resolve(), folder)
+    return list(found.values())
 
 
 def find_columns(path: str | os.PathLike[str]) -> Path:
@@ -471,6 +472,8 @@ def _task_run(
         earlier = ()
     elif architecture.startswith("finetune"):
         earlier = earlier[-1:]
+    if architecture == "progressive" and progressive.get("lateral") == "none":
+        earlier = ()  # columns that read nothing are baseline 1, each
     if not earlier and architecture != "random_column":
         architecture = "scratch"
     trial = _section(experiment, "trial", path / EXPERIMENT_FILE)

@@ -74,11 +74,19 @@ class Sensitivity:
             or values.shape != shape
             or [len(layer) for layer in raw] != [shape[1]] * shape[0]
             or len(tasks) not in (0, shape[1])
+            or not _are_laterals(settings.get("laterals"), shape[1])
         ):
             raise ValueError(
                 f"not a sensitivity: expected {shape} values of a known method, got {values.shape} {method[:40]!r}"
             )
         return cls(method, column, layers, values, raw, tasks, notes, settings)
+
+
+def _are_laterals(value: Any, num_columns: int) -> bool:
+    """Whether `settings.laterals` is what the pictures read: None, or a list of names for each column."""
+    return value is None or (
+        isinstance(value, list) and len(value) == num_columns and all(isinstance(names, list) for names in value)
+    )
 
 
 def agreement(first: Sensitivity, second: Sensitivity) -> dict[str, float]:

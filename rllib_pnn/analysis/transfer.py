@@ -8,6 +8,7 @@ floor goes wherever a score goes.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from rllib_pnn.analysis.runs import Run, TaskRun
+from rllib_pnn.analysis.runs import Run, TaskRun, number
 
 PAPER = "Rusu et al. 2016, arXiv 1606.04671v4, Table 1"
 
@@ -78,6 +79,18 @@ _ATARI_RANDOM_SCORES = {
     "seaquest": 68.4,
     "stargunner": 664.0,
     "wizardofwor": 563.5,
+}
+
+# (lowest, highest) return of a Labyrinth level: every bad item, or every good one.
+_LABYRINTH_RETURNS = {
+    "track_1": (0, 16),
+    "track_2": (0, 22),
+    "track_3": (0, 7),
+    "track_4": (0, 7),
+    "avoid_1": (-18, 18),
+    "avoid_2": (-18, 18),
+    "maze_m": (0, 6),
+    "maze_y": (0, 6),
 }
 
 
@@ -255,21 +268,46 @@ def suite_of(env: str) -> str:
 
 def known_floor(env: str, env_config: Mapping[str, Any]) -> Floor | None:
     """A game's lowest return (a random agent's score on Atari other than Pong); None if unknown."""
-    game = str(env_config.get("game", "")).lower().replace("_", "")
-    if env == "rllib_pnn/PongSoup-v0" or (env == "rllib_pnn/Atari-v0" and game == "pong"):
+    if _is_pong(env, env_config):
         return Floor(-21.0, "Pong's lowest return")
+    game = str(env_config.get("game", "")).lower().replace("_", "")
     if env == "rllib_pnn/Atari-v0" and game in _ATARI_RANDOM_SCORES:
         return Floor(_ATARI_RANDOM_SCORES[game], "random agent, Mnih et al. 2015")
-    if "CartPole" in env:
+    if _is_cartpole(env, env_config):
         return Floor(0.0, "CartPole's lower bound")
+    if level := _labyrinth_level(env, env_config):
+        return Floor(float(_LABYRINTH_RETURNS[level][0]), "the level's lowest return")
     return None
 
 
 def known_ceiling(env: str, env_config: Mapping[str, Any]) -> float | None:
     """A game's highest return, None if it has none or it is unknown."""
-    if env == "rllib_pnn/PongSoup-v0" or (env == "rllib_pnn/Atari-v0" and env_config.get("game") == "pong"):
+    if _is_pong(env, env_config):
         return 21.0
-    return 500.0 if env in ("rllib_pnn/CartPoleSoup-v0", "CartPole-v1") else None
+    if _is_cartpole(env, env_config):
+        steps = number(env_config.get("max_episode_steps", 200 if env == "CartPole-v0" else 500))
+        return None if math.isnan(steps) else steps
+    if level := _labyrinth_level(env, env_config):
+        return float(_LABYRINTH_RETURNS[level][1])
+    return None
+
+
+def _is_pong(env: str, env_config: Mapping[str, Any]) -> bool:
+    return env == "rllib_pnn/PongSoup-v0" or (env == "rllib_pnn/Atari-v0" and env_config.get("game", "pong") == "pong")
+
+
+def _is_cartpole(env: str, env_config: Mapping[str, Any]) -> bool:
+    """With gymnasium's reward, +1 a step."""
+    return env in ("rllib_pnn/CartPoleSoup-v0", "CartPole-v0", "CartPole-v1") and not env_config.get(
+        "sutton_barto_reward"
+    )
+
+
+def _labyrinth_level(env: str, env_config: Mapping[str, Any]) -> str | None:
+    if env != "rllib_pnn/Labyrinth-v0":
+        return None
+    level = env_config.get("level", "track_1")
+    return level if isinstance(level, str) and level in _LABYRINTH_RETURNS else None
 
 
 def method_label(method: str) -> str:
@@ -487,6 +525,7 @@ def _target_curves(
                 f"{task.run}: task {target!r} left out: "
                 f"it has {task.last_step:,.0f} of {max(needed, longest):,.0f} steps"
             )
+    notes.extend(_mixtures(target, used))
     if horizon is None:
         horizon = min((task.last_step for task in used if not task.ended_by_return), default=longest)
     grid = step_grid(horizon, num_points)
@@ -507,6 +546,18 @@ def _target_curves(
         {key: tuple(value) for key, value in grouped.items()},
         {key: np.stack(value) for key, value in curves.items()},
     )
+
+
+def _mixtures(target: str, tasks: Sequence[TaskRun]) -> list[str]:
+    """Notes on what makes the runs of one target hard to compare."""
+    algorithms = sorted({task.algorithm or "unknown" for task in tasks})
+    configs = {json.dumps(dict(task.env_config), sort_keys=True, default=str) for task in tasks}
+    notes = []
+    if len(algorithms) > 1:
+        notes.append(f"{target}: runs of different algorithms ({', '.join(algorithms)}) are scored together")
+    if len(configs) > 1:
+        notes.append(f"{target}: runs with {len(configs)} different env_configs are scored together")
+    return notes
 
 
 def _method_rows(

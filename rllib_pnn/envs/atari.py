@@ -69,7 +69,8 @@ class AtariGameVectorEnv(VectorEnv):
         frame_stack: S.
         frameskip: Emulator frames per step; the action is repeated, the last two frames are max-pooled.
         repeat_action_probability: Probability that a frame repeats the previous action ("sticky actions").
-        noop_max: An episode starts after up to `noop_max` idle frames, a seeded number of them.
+        noop_max: An episode starts after idle frames, a seeded number of them: 0 to `noop_max` - 1, one fewer where
+            the game's actions include FIRE, which is then the last of them (all games with `full_action_space`).
         max_episode_frames: Emulator frames after the idle ones at which an episode is truncated.
         reward_clipping: Rewards to [-1, 1], for learning. `episode_score` stays unclipped.
         num_threads: Emulator threads of this batch.

@@ -17,8 +17,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from rllib_pnn.envs.labyrinth_engine import RENDER_SIZE, TURN_PER_TIC, Engine
-from rllib_pnn.envs.labyrinth_levels import LEVELS, TICS_PER_SECOND, Level
-from rllib_pnn.text import did_you_mean
+from rllib_pnn.envs.labyrinth_levels import LEVELS, TICS_PER_SECOND
+from rllib_pnn.envs.options import check_choice, check_integer, check_number, reject_unknown
+
+ENV_ID = "rllib_pnn/Labyrinth-v0"
 
 # Name -> buttons of the engine (forward, back, strafe left, strafe right, degrees to the right per tic).
 ACTIONS: dict[str, list[float]] = {
@@ -62,20 +64,20 @@ class LabyrinthEnv(gym.Env[np.ndarray, np.int64]):
         episode_seconds: float = 60.0,
         size: int = 84,
         render_mode: str | None = None,
+        **unknown: Any,
     ) -> None:
-        self.level = _find_level(level)
-        _check_at_least(1, "frame_skip", frame_skip)
-        _check_at_least(1, "size", size)
-        if not 0 < episode_seconds < math.inf:
-            raise ValueError(f"episode_seconds: expected a finite number of seconds above 0, got {episode_seconds!r}")
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode: expected None or 'rgb_array', got {render_mode!r}")
-        self.frame_skip = frame_skip
-        self.max_steps = math.ceil(episode_seconds * TICS_PER_SECOND / frame_skip)
-        self.size = size
+        reject_unknown(ENV_ID, unknown, type(self).__init__)
+        self.level = LEVELS[check_choice(ENV_ID, "level", level, LEVELS)]
+        self.frame_skip = check_integer(ENV_ID, "frame_skip", frame_skip, minimum=1)
+        self.size = check_integer(ENV_ID, "size", size, minimum=1)
+        # At least a tic, at most a day.
+        seconds = check_number(ENV_ID, "episode_seconds", episode_seconds, low=1 / TICS_PER_SECOND, high=86_400.0)
+        if render_mode is not None:
+            check_choice(ENV_ID, "render_mode", render_mode, self.metadata["render_modes"])
+        self.max_steps = math.ceil(seconds * TICS_PER_SECOND / self.frame_skip)
         self.render_mode = render_mode
-        self.metadata = {**self.metadata, "render_fps": TICS_PER_SECOND / frame_skip}
-        self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.metadata = {**self.metadata, "render_fps": TICS_PER_SECOND / self.frame_skip}
+        self.observation_space = gym.spaces.Box(0, 255, (self.size, self.size, 3), np.uint8)
         self.action_space = gym.spaces.Discrete(len(ACTIONS))
         self._engine: Engine | None = None
         self._render_engine: Engine | None = None
@@ -171,9 +173,10 @@ class LabyrinthVectorEnv(VectorEnv):
         episode_seconds: float = 60.0,
         size: int = 84,
         render_mode: str | None = None,
+        **unknown: Any,
     ) -> None:
-        _check_at_least(1, "num_envs", num_envs)
-        self.num_envs = num_envs
+        reject_unknown(ENV_ID, unknown, type(self).__init__)
+        self.num_envs = num_envs = check_integer(ENV_ID, "num_envs", num_envs, minimum=1)
         self.envs = [LabyrinthEnv(level, frame_skip, episode_seconds, size, render_mode) for _ in range(num_envs)]
         self.render_mode = render_mode
         self.autoreset_mode = AutoresetMode.NEXT_STEP
@@ -185,7 +188,7 @@ class LabyrinthVectorEnv(VectorEnv):
         self._over = np.zeros(num_envs, np.bool_)  # whose episode ended with the last step
         # A thread each: while an engine, a process of its own, is busy, its thread waits without the GIL.
         self._threads = ThreadPoolExecutor(num_envs, thread_name_prefix="labyrinth")
-        self._observations = np.zeros((num_envs, size, size, 3), np.uint8)
+        self._observations = np.zeros(self.observation_space.shape, np.uint8)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -301,15 +304,3 @@ def to_observation(frame: np.ndarray, size: int = 84) -> np.ndarray:
     nearly_all = max(frame.shape) <= 2 * size
     how = cv2.INTER_LINEAR_EXACT if nearly_all else cv2.INTER_AREA
     return cv2.resize(frame, (size, size), interpolation=how)
-
-
-def _find_level(name: str) -> Level:
-    if name not in LEVELS:
-        mend = did_you_mean(name, LEVELS)
-        raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {name!r}{mend}")
-    return LEVELS[name]
-
-
-def _check_at_least(least: int, name: str, value: int) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")

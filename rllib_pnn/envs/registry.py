@@ -56,6 +56,18 @@ def is_native_vector(env_id: str) -> bool:
     return spec is not None and spec.vector_entry_point is not None and not _is_of_ale(env_id)
 
 
+def vectorization_mode(env_id: str, *, vectorized: bool = False) -> str:
+    """How a batch of `env_id` is made so that it shows what training saw.
+
+    The package's own vector envs are like its single ones. A stranger's may differ: it is taken where training had it
+    (`vectorized`, RLlib's mode `vector_entry_point`) or where there is no single one.
+    """
+    if not is_native_vector(env_id):
+        return "sync"
+    alone = registry[env_id].entry_point is None
+    return "vector_entry_point" if vectorized or alone or env_id in ENV_IDS else "sync"
+
+
 def full_id(env_id: str) -> str:
     """`env_id` as every process can make it: the ids of ale_py as `ale_py:ALE/Pong-v5`, others as they are.
 

@@ -1,6 +1,7 @@
-"""The return that an episode is reported with, where an environment clips rewards for learning.
+"""The return that an episode is reported with, and what counts for one that does not end.
 
-Such an environment puts the unclipped return into an episode's last info, under `episode_score`.
+An environment that clips rewards for learning puts the unclipped return into an episode's last info, under
+`episode_score`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 EPISODE_SCORE = "episode_score"
+MAX_EPISODE_STEPS = 50_000  # after which an episode counts as it stands; Atari's own limit is 27,000
 
 
 def episode_scores(infos: Mapping[str, Any], ended: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

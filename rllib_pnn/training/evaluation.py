@@ -19,15 +19,14 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.env.env_context import EnvContext
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
-from rllib_pnn.envs.registry import ENV_IDS, full_id, is_native_vector
-from rllib_pnn.envs.score import episode_scores
+from rllib_pnn.envs.registry import ENV_IDS, full_id, vectorization_mode
+from rllib_pnn.envs.score import MAX_EPISODE_STEPS, episode_scores
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.training.recognition import FIRST_STEPS, FirstSteps, Recogniser, features_of
 
 logger = logging.getLogger(__name__)
 
 EPISODES_PER_SHARD = 8  # environments that one process plays side by side
-MAX_EPISODE_STEPS = 50_000  # after which an episode counts as it stands; Atari's own limit is 27,000
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,10 @@ def make_vector_env(
     """A vector env of a gymnasium id, of a name registered with Tune, or of an env creator.
 
     Args:
-        env: an id's native vector env is taken where it has one.
+        env: the package's own ids are made as their native vector env.
         env_config: what the environment is made with.
-        vectorized: whether a creator makes a vector env, of the `num_envs` in its config (RLlib's mode
-            `vector_entry_point`). If not it makes single environments.
+        vectorized: whether training's mode is `vector_entry_point`: other ids are made as their native vector env,
+            too, and a creator makes a vector env, of the `num_envs` in its config. If not it makes single environments.
     """
     creator = _global_registry.get(ENV_CREATOR, env) if _is_registered(env) else env
     if callable(creator):
@@ -92,7 +91,7 @@ def make_vector_env(
         context = EnvContext(dict(env_config), worker_index=0)
         return gym.vector.SyncVectorEnv([lambda: creator(context)] * num_envs)
     name = full_id(str(env))
-    mode = "vector_entry_point" if is_native_vector(name) else "sync"
+    mode = vectorization_mode(name, vectorized=vectorized)
     return gym.make_vec(name, num_envs=num_envs, vectorization_mode=mode, **dict(env_config))
 
 
