@@ -6,7 +6,9 @@ Ray and torch are imported by the commands that need them, so that `--help` and 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.resources
+import math
 import os
 import signal
 import sys
@@ -54,6 +56,23 @@ example_app = typer.Typer(
 )
 app.add_typer(example_app, name="example")
 
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        parts = ("rllib_pnn", "ray", "torch", "gymnasium")
+        print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in parts))
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Versions of this and what it runs on.")
+    ] = False,
+) -> None:
+    """Train and examine Progressive Neural Networks, and any RLlib algorithm, from a YAML file."""
+
+
 RunArgument = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="A run folder, as `rllib train` printed it, or a store.", show_default=False),
@@ -82,8 +101,8 @@ def train(
 
     Ctrl-C writes a checkpoint and prints the command that goes on from it. A file with a `transfer` block has one
     folder: the same command again goes on there and repeats nothing that is finished. With --resume a run keeps the
-    settings that it was started with; a file beside it must describe that experiment, and what it says otherwise by now
-    is told.
+    settings that it was started with; a file given too must be of the same experiment, and what it says otherwise is
+    printed and ignored.
     """
     path = _file_argument(words or [], file)
     if path is None and resume is None:
@@ -100,6 +119,9 @@ def train(
         raise typer.Exit(_report(console, outcome))
     assert path is not None
     plans = load_plans(_existing(path))
+    for plan in plans:
+        if any(run.progressive is None and not run.stop for run in plan.runs.values()):
+            console.print(f"{plan.name}: has no `stop`: trains until Ctrl-C", soft_wrap=True)
     prepare_ray(verbose=verbose)
     from rllib_pnn.experiment.run import train as train_plans
 
@@ -114,7 +136,9 @@ def evaluate(
     run: RunArgument,
     task: Annotated[
         str,
-        typer.Option(metavar="NAME|all|auto", help="On which task; auto: on all, none told, the column guesses it."),
+        typer.Option(
+            metavar="NAME|all|auto", help="On which task; auto: on all, columns chosen from first observations."
+        ),
     ] = "all",
     column: Annotated[int | None, typer.Option(metavar="N", help="Which column; each task's own if not given.")] = None,
     episodes: Annotated[int, typer.Option(metavar="N", min=1, help="How many episodes.")] = 10,
@@ -303,12 +327,14 @@ def report(
         int | None, typer.Option(metavar="N", min=1, help="Mean of the best N seeds, as the paper's top 3 of 25.")
     ] = None,
     floor: Annotated[
-        float | None, typer.Option(metavar="R", help="Lowest return; known for Pong, CartPole and the Atari games.")
+        float | None, typer.Option(metavar="R", help="Lowest return, for games whose own is not known.")
     ] = None,
 ) -> None:
     """Write one page with learning curves, transfer table and matrix, and sensitivities; opens offline."""
     from rllib_pnn.analysis.report import write_report
 
+    if floor is not None and not math.isfinite(floor):
+        raise InputError(f"--floor {floor}: expected a finite number")
     console = _console()
     with _input_errors(), console.status("reading runs"):
         summary = write_report(runs, out, top=top, floor=floor)
@@ -655,7 +681,7 @@ def _report(console: Console, outcome: Outcome) -> int:
         return FAILED
     say(f"{'Finished before, nothing is left to train' if outcome.finished_before else 'Done'}. Run folder: {shown}")
     first = _relative(outcome.runs[0].path)
-    say(f"Next:  rllib evaluate {first}" if rows else f"Next:  tensorboard --logdir {shown}")
+    say(f"Next:  rllib evaluate {first}" if rows else f"Next:  tensorboard --logdir {shown}  (pip install tensorboard)")
     return DONE
 
 

@@ -66,6 +66,53 @@ FILES = {
         ),
         ["bad.yaml", "aliases"],
     ),
+    **{
+        f"of the old API stack alone: {key}": (
+            changed(CARTPOLE, "num_env_runners: 1", f"num_env_runners: 0\n    {key}: {value}"),
+            [f"bad.yaml:7: cartpole.config.{where or key}: ", *words],
+        )
+        for key, value, where, words in [
+            ("observation_filter", "MeanStdFilter", "", ["would be ignored", "wrapper"]),
+            ("clip_rewards", "true", "", ["would be ignored", "environment"]),
+            ("num_gpus", "1", "", ["would be ignored", "num_gpus_per_learner"]),
+            ("model", "{fcnet_hiddens: [32]}", "", ["fcnet_hiddens would be ignored", "model_config"]),
+            ("model_config", "{fcnet_hidens: [32]}", "model_config.fcnet_hidens", ["did you mean 'fcnet_hiddens'?"]),
+            ("enable_connectors", "true", "", ["remove it"]),
+            ("horizon", "200", "", ["TimeLimit"]),
+        ]
+    },
+    "of the old API stack alone, beside progressive": (
+        changed(SOUP, "minibatch_size: 100", "clip_rewards: true"),
+        ["bad.yaml:4: soup.config.clip_rewards: ", "would be ignored"],
+    ),
+    "a search misspelt": (
+        changed(CARTPOLE, "minibatch_size: 100", "minibatch_size: {grid_serch: [1, 2]}"),
+        ["bad.yaml:8: cartpole.config.minibatch_size: ", "did you mean {grid_search: [...]}?"],
+    ),
+    "a search as Python": (
+        changed(CARTPOLE, "minibatch_size: 100", "minibatch_size: tune.choice([1, 2])"),
+        ["bad.yaml:8: cartpole.config.minibatch_size: ", "did you mean {choice: [...]}?"],
+    ),
+    "environments searched": (
+        changed(CARTPOLE, "env: CartPole-v1", "env: {grid_search: [CartPole-v1, Acrobot-v1]}"),
+        ["bad.yaml:3: cartpole.env: ", "one experiment for each"],
+    ),
+    "A2C": (changed(CARTPOLE, "run: PPO", "run: A2C"), ["cartpole.run: ", "did you mean 'A3C'?"]),
+    "no episode to smooth over": (
+        changed(CARTPOLE, "minibatch_size: 100", "metrics_num_episodes_for_smoothing: 0"),
+        ["cartpole.config.metrics_num_episodes_for_smoothing: ", "expected at least 1, got 0"],
+    ),
+    "progressive, but empty": (
+        CARTPOLE + "  progressive:\n",
+        ["cartpole.progressive: ", "expected a mapping, got nothing", "remove the key"],
+    ),
+    "a name beside run": (CARTPOLE + "  name: other\n", ["bad.yaml:9: cartpole.name: ", "remove it"]),
+    "a folder beside run": (CARTPOLE + "  local_dir: /tmp\n", ["bad.yaml:9: cartpole.local_dir: ", "--storage DIR"]),
+    "restore beside run": (CARTPOLE + "  restore: /tmp\n", ["bad.yaml:9: cartpole.restore: ", "--resume RUN"]),
+    "an input shift misspelt": (
+        changed(SOUP, "column: mlp", "column: mlp\n    input_shift: automatic"),
+        ["soup.progressive.input_shift: ", "expected a number or auto, got 'automatic'"],
+    ),
     "empty": ("# nothing\n", ["bad.yaml", "empty"]),
     "not text": (b"\xff\xfe\x00", ["bad.yaml", "UTF-8"]),
     "no experiment's name": ("run: PPO\nenv: CartPole-v1\n", ["bad.yaml:1", "under one"]),
@@ -343,6 +390,7 @@ ARGUMENTS = {
     "a run that is none": (["train", "--resume", "."], ["experiment.json", "run folder"]),
     "a folder that is neither run nor store": (["columns", "empty"], ["empty", "run folder", "or a column store"]),
     "a folder for a report": (["report", "RUN", "-o", "empty"], ["empty: a folder", "did you mean empty/report.html?"]),
+    "a floor that is no number": (["report", "RUN", "--floor", "inf"], ["--floor inf: expected a finite number"]),
     "no such example": (["example", "show", "pong_sop"], ["pong_sop", "did you mean 'pong_soup'?"]),
     "no such cluster": (["train", "-f", "soup.yaml", "--ray-address", "nowhere:1"], ["--ray-address nowhere:1"]),
     "a Ray client's address": (["train", "-f", "soup.yaml", "--ray-address", "ray://x:1"], ["ray://x:1", "HOST:PORT"]),

@@ -50,6 +50,20 @@ def test_help(rllib) -> None:
         assert re.search(rf"^\s*{command}\s", out, re.M), command
 
 
+def test_version(rllib) -> None:
+    code, out, _ = rllib("--version")
+    assert code == 0 and re.fullmatch(r"rllib_pnn \S+, ray 2\.\S+, torch \S+, gymnasium \S+\n", out)
+
+
+def test_a_run_that_nothing_stops_is_told(rllib, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a:\n  run: PPO\n  env: CartPole-v1\n"
+    monkeypatch.setattr(run_module, "train", lambda plans, **_: iter([]))
+    (folder / "a.yaml").write_text(text)
+    assert "a: has no `stop`: trains until Ctrl-C" in rllib("train", "-f", "a.yaml")[1]
+    (folder / "a.yaml").write_text(text + "  stop: {training_iteration: 1}\n")
+    assert "Ctrl-C" not in rllib("train", "-f", "a.yaml")[1]
+
+
 @pytest.mark.parametrize(
     "arguments", [("-f", "soup.yaml"), ("--file", "soup.yaml"), ("file", "soup.yaml"), ("soup.yaml",)]
 )

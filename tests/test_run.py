@@ -404,7 +404,7 @@ def test_stop_and_failure(cluster: None, tmp_path: Path) -> None:
         "bad:\n"
         "  run: PPO\n"
         "  env: CartPole-v1\n"
-        "  config: {<<: *c, observation_filter: NoSuchFilter, model_config: {fcnet_hiddens: nonsense}}\n"
+        "  config: {<<: *c, model_config: {fcnet_hiddens: nonsense}}\n"
     )
     output = io.StringIO()
     good, bad = train(load_plans(tmp_path / "file.yaml"), storage=tmp_path / "runs", console=Console(file=output))

@@ -7,6 +7,8 @@ parameter's type, and what the run asks for must fit the cluster.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import importlib
 import inspect
 import math
@@ -23,13 +25,14 @@ from ray._common.deprecation import DEPRECATED_VALUE
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.registry import ALGORITHMS as RLLIB_ALGORITHMS
+from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from ray.rllib.env.env_context import EnvContext
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
 from rllib_pnn.envs.registry import full_id, unknown_id
 from rllib_pnn.experiment.errors import InputError
 from rllib_pnn.experiment.source import KeyPath
-from rllib_pnn.experiment.spec import SECTIONS, Experiment, Plan
+from rllib_pnn.experiment.spec import PROGRESSIVE_ALGORITHMS, SEARCHES, SECTIONS, Experiment, Plan
 from rllib_pnn.text import did_you_mean, one_line, short
 
 AUTO = "auto"
@@ -81,6 +84,22 @@ RENAMED = {
     "worker_restore_timeout_s": "env_runner_restore_timeout_s",
 }
 
+# What older files have and RLlib 2.60 has no setting for, with the mend.
+GONE = {
+    "enable_connectors": "remove it, connectors are always on",
+    "horizon": "remove it; a TimeLimit belongs to the environment (`max_episode_steps` where it has such an option)",
+    "no_done_at_end": "remove it, truncated episodes are told from terminated ones",
+    "soft_horizon": "remove it",
+}
+
+# What the old API stack alone reads, so that it would be ignored without a word, with the mend.
+OLD_STACK_ALONE = {
+    "clip_rewards": "clip in the environment (Pong Soup and Atari: `env_config: {reward_clipping: true}`)",
+    "compress_observations": "remove it",
+    "observation_filter": "normalise in the environment, with a wrapper of gymnasium's",
+    "preprocessor_pref": "preprocess in the environment, with wrappers of gymnasium's",
+}
+
 # Keys whose spelling in Python differs, because the word is taken there.
 _SPELLING = {"lambda": "lambda_", "input": "input_", "callbacks": "callbacks_class"}
 
@@ -89,6 +108,7 @@ _AT_LEAST: dict[str, float] = {
     "lr": 0,
     "gamma": 0,
     "grad_clip": 0,
+    "metrics_num_episodes_for_smoothing": 1,
     "minibatch_size": 1,
     "num_envs_per_env_runner": 1,
     "num_epochs": 1,
@@ -152,6 +172,8 @@ def build_config(plan: Plan, experiment: Experiment, cluster: Cluster, *, num_ru
         name = _SPELLING.get(key, key)
         if name not in parameters:
             known = [*parameters, *_SPELLING]
+            if key in GONE:
+                raise plan.error(where, f"{type(config).__name__} has no such setting any more; {GONE[key]}")
             mend = did_you_mean(
                 key, known, {old: new for old, new in RENAMED.items() if _SPELLING.get(new, new) in parameters}
             )
@@ -173,8 +195,43 @@ def build_config(plan: Plan, experiment: Experiment, cluster: Cluster, *, num_ru
         config.validate()
     except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
         raise _config_error(plan, experiment, error) from None
+    _refuse_ignored(plan, experiment, config)
     check_fits(plan, config, cluster)
     return config
+
+
+def _refuse_ignored(plan: Plan, experiment: Experiment, config: AlgorithmConfig) -> None:
+    """Raises `InputError` at a setting of the old API stack that the new one does not read.
+
+    What a progressive network reads of `model`, `model_config` and `num_gpus` is `make_progressive`'s to say.
+    """
+    if not (config.enable_rl_module_and_learner and config.enable_env_runner_and_connector_v2):
+        return
+    usual = algorithm_class(experiment.run).get_default_config()
+    for key, mend in OLD_STACK_ALONE.items():
+        read_by_own = key == "clip_rewards" and experiment.run in OWN_ALGORITHMS
+        if getattr(config, key) != getattr(usual, key) and not read_by_own:
+            raise plan.error(("config", key), f"would be ignored: the old API stack alone reads it; {mend}")
+    if experiment.progressive is not None:
+        return
+    if config.num_gpus != usual.num_gpus:
+        raise plan.error(
+            ("config", "num_gpus"),
+            "would be ignored: the old API stack alone reads it; did you mean 'num_gpus_per_learner'?",
+        )
+    changed = [
+        key for key, value in config.model.items() if value != usual.model.get(key, value) or key not in usual.model
+    ]
+    for key in changed:
+        if key != "vf_share_layers" and not key.startswith("_"):
+            raise plan.error(("config", "model"), f"{key} would be ignored: the new API stack reads `model_config`")
+    given = experiment.config.get("model_config")
+    if experiment.run in (*PROGRESSIVE_ALGORITHMS, "BC", "MARWIL") and isinstance(given, Mapping):
+        known = [field.name for field in dataclasses.fields(DefaultModelConfig)]
+        for key in given:
+            if key not in known:
+                mend = did_you_mean(key, known)
+                raise plan.error(("config", "model_config", key), f"unknown key{mend or '; nothing reads it'}")
 
 
 def check_fits(plan: Plan, config: AlgorithmConfig, cluster: Cluster) -> None:
@@ -277,7 +334,9 @@ def _checked(plan: Plan, where: KeyPath, value: Any, parameter: _Parameter) -> A
         try:
             value = adapter.validate_python(value)
         except ValidationError:
-            raise plan.error(where, f"expected {_describe(annotation)}, got {short(value)}") from None
+            raise plan.error(
+                where, f"expected {_describe(annotation)}, got {short(value)}{_meant_a_search(value)}"
+            ) from None
         except PydanticUserError:
             pass  # a type within it is known in its module alone
     least = _AT_LEAST.get(key, 0 if key.startswith(("num_", "evaluation_num_")) else -math.inf)
@@ -286,6 +345,18 @@ def _checked(plan: Plan, where: KeyPath, value: Any, parameter: _Parameter) -> A
     if isinstance(value, int | float) and value > _AT_MOST.get(key, math.inf):
         raise plan.error(where, f"expected at most {_AT_MOST[key]:g}, got {short(value)}")
     return value
+
+
+def _meant_a_search(value: Any) -> str:
+    """The mend for `{grid_serch: [1, 2]}` and `tune.grid_search([1, 2])`."""
+    if isinstance(value, str) and (found := re.fullmatch(r"(?:ray\.)?tune\.(\w+)\(.*\)", value)):
+        word = found[1]
+    elif isinstance(value, Mapping) and len(value) == 1:
+        word = str(next(iter(value)))
+    else:
+        return ""
+    close = difflib.get_close_matches(word, SEARCHES, n=1)
+    return f"; did you mean {{{close[0]}: [...]}}?" if close else ""
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any] | None:

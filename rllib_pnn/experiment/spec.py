@@ -99,7 +99,7 @@ MAX_NAME = 200  # of a run's folder; file systems take 255
 Architecture = Literal["progressive", "scratch", "finetune_heads", "finetune_all", "random_column"]
 Lateral = Literal["adapter", "linear", "none"]
 
-_SEARCHES = ("grid_search", "choice", "uniform", "loguniform", "randint")
+SEARCHES = ("grid_search", "choice", "uniform", "loguniform", "randint")
 _ALIASES = {
     "algorithm": "run",
     "algo": "run",
@@ -133,6 +133,19 @@ _ALIASES = {
 }
 
 
+# Tune's keys that older files have beside `run`, with the mend.
+_ELSEWHERE = {
+    "checkpoint_score_attr": "remove it: the last checkpoint_config.num_to_keep checkpoints are kept",
+    "local_dir": "give the folder on the command line (`rllib train -f FILE --storage DIR`)",
+    "max_failures": "remove it: lost processes are started again",
+    "name": "remove it: the experiment's name is the key that this stands under",
+    "resources_per_trial": "remove it: config says what a run takes (num_env_runners, num_gpus_per_learner, ...)",
+    "restore": "go on with a run by `rllib train --resume RUN`",
+    "storage_path": "give the folder on the command line (`rllib train -f FILE --storage DIR`)",
+    "upload_dir": "give the folder on the command line (`rllib train -f FILE --storage DIR`)",
+}
+
+
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
         raise ValueError(f"expected a number, got {short(value)}")
@@ -159,7 +172,11 @@ def _word(value: Any) -> str:
 
 
 def _shift(value: Any) -> Any:
-    return value if value == "auto" else _number(value)
+    if value == "auto":
+        return value
+    if isinstance(value, str):
+        raise ValueError(f"expected a number or auto, got {short(value)}")
+    return _number(value)
 
 
 def _chain(value: Any) -> list[str]:
@@ -327,13 +344,13 @@ class Experiment(_Model):
         if self.run not in ALGORITHMS:
             raise ValueError(
                 f"run: unknown algorithm {short(self.run)}, known are {', '.join(ALGORITHMS)}"
-                + did_you_mean(self.run, ALGORITHMS)
+                + did_you_mean(self.run, ALGORITHMS, {"A2C": "A3C"})
             )
         module = (self.env or "").rpartition(":")[0]
         if module and module != "ale_py" and module not in sys.modules:
             raise ValueError(
                 f"env: {short(self.env)} names a module, which making it would import: a tuned example is data; "
-                "expected the id of a registered environment"
+                "expected the id of a registered environment (docs/tuned_examples.md says how to register your own)"
             )
         if self.progressive is not None:
             if self.run not in PROGRESSIVE_ALGORITHMS:
@@ -432,6 +449,14 @@ def _plan(source: Source, name: Any, body: Any) -> Plan:
         raise source.error((name,), f"expected a mapping with run, env, config, ..., got {short(body)}")
     raw = {as_word(key): copy.deepcopy(value) for key, value in body.items()}
     num_samples = _checked(source, (name, "num_samples"), raw.pop("num_samples", 1))
+    for key, mend in _ELSEWHERE.items():
+        if key in raw:
+            raise source.error((name, key), f"unknown key; {mend}")
+    for key in ("progressive", "transfer"):
+        if key in raw and raw[key] is None:
+            raise source.error((name, key), "expected a mapping, got nothing; remove the key for an ordinary run")
+    if isinstance(raw.get("env"), Mapping) and len(raw["env"]) == 1 and next(iter(raw["env"])) in SEARCHES:
+        raise source.error((name, "env"), "expected one environment; write one experiment for each")
     raw["name"] = name
     sections = _flatten_config(source, name, raw)
     _old_checkpoint_keys(raw)
@@ -711,7 +736,7 @@ def _find_searches(
 ) -> Iterator[tuple[KeyPath, str, list[Any]]]:
     if isinstance(value, dict):
         kind = next(iter(value)) if len(value) == 1 else None
-        if kind in _SEARCHES:
+        if kind in SEARCHES:
             argument = value[kind]
             try:
                 _check_search(str(kind), argument)
