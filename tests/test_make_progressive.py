@@ -4,6 +4,8 @@ import copy
 import functools
 import math
 import re
+import subprocess
+import sys
 import threading
 import time
 
@@ -34,10 +36,12 @@ from small_algorithms import CONFIGS, small_config
 import rllib_pnn
 from rllib_pnn.envs.cartpole_soup import CartPoleSoupVectorEnv
 from rllib_pnn.network import ColumnStore
+from rllib_pnn.network.store import ColumnStoreError
 from rllib_pnn.training import callback
 from rllib_pnn.training.evaluation import ColumnEvaluation, evaluate_column, make_vector_env
 from rllib_pnn.training.learner import NUM_ENV_STEPS_DROPPED, note_task, task_of
 from rllib_pnn.training.progressive import make_progressive
+from rllib_pnn.training.rl_module import ProgressiveRLModule
 
 VARIANTS = ("plain", "flipped", "permuted")
 
@@ -542,6 +546,149 @@ class Plain(gym.Env):
         return np.zeros(2, np.float32), 1.0, self.left == 0, False, {}
 
 
+def test_a_users_subclass_of_the_walk_stays(tmp_path):
+    class Mine(callback.ProgressiveCallback):
+        pass
+
+    for given in (Mine, [callback.ProgressiveCallback, Mine], functools.partial(Mine)):
+        made = progressive(tmp_path, config=config().callbacks(given))
+        assert made.callbacks_class == [given[-1] if isinstance(given, list) else given]
+
+
+def test_callbacks_that_replace_the_walk_are_refused(tmp_path):
+    made = progressive(tmp_path).callbacks(RLlibCallback)
+    with pytest.raises(ValueError, match=r"ProgressiveCallback is missing.*call it before make_progressive\(\)"):
+        made.build_algo()
+
+
+def test_the_configs_seed_draws_the_columns_whenever_it_is_set(tmp_path):
+    fingerprints = {}
+    for when, seed in (("before", 3), ("after", 3), ("after", 4)):
+        given = config().debugging(seed=3 if when == "before" else tune.grid_search([1, 2]))
+        made = progressive(tmp_path / f"{when}{seed}", config=given).debugging(seed=seed).build_algo()
+        try:
+            module = learner_module(made)
+            assert module.network.seed == seed
+            module.network.freeze()
+            fingerprints[when, seed] = module.network.fingerprints()[0]
+        finally:
+            made.stop()
+    assert fingerprints["before", 3] == fingerprints["after", 3] != fingerprints["after", 4]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype", "expected"),
+    [
+        (0, 255, np.uint8, 1 / 255),
+        (0, 255, np.float32, 1 / 255),
+        (0, 1, np.float32, 1.0),
+        (-np.inf, np.inf, np.float32, 1.0),
+    ],
+)
+def test_images_that_are_scaled_already_are_not_scaled_again(low, high, dtype, expected):
+    space = gym.spaces.Box(low, high, (2, 8, 8), dtype)
+    module = ProgressiveRLModule(
+        observation_space=space,
+        action_space=gym.spaces.Discrete(2),
+        model_config={"progressive": {"column": [{"conv": [4, 3, 1]}, {"dense": 4}]}},
+    )
+    assert module.network.input_scale == expected
+
+
+def test_an_env_runners_module_can_be_saved_and_read_elsewhere(tmp_path):
+    made = progressive(tmp_path, steps=100).build_algo()
+    try:
+        train_until(made, lambda r: r["progressive"]["task_over"])
+        mine = made.get_module()
+        mine.save_to_path(str(tmp_path / "module"))
+        fingerprints = mine.network.fingerprints()
+        made.save_to_path(str(tmp_path / "checkpoint"))
+    finally:
+        made.stop()
+    code = (
+        "import sys; from ray.rllib.core.rl_module.rl_module import RLModule\n"
+        "module = RLModule.from_checkpoint(sys.argv[1])\n"
+        "module.network.verify(); print(module.network.fingerprints())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "module")], capture_output=True, text=True)
+    assert done.stdout.strip() == str(fingerprints), done.stderr
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_finished_run_fills_an_empty_store_with_all_its_columns(tmp_path, count):
+    made = progressive(tmp_path, steps=100, count=count).build_algo()
+    try:
+        train_until(made, lambda r: r.get("done"))
+        checkpoint = made.save_to_path(str(tmp_path / "checkpoint"))
+    finally:
+        made.stop()
+    entries = ColumnStore(tmp_path / "columns").entries
+    (tmp_path / "columns").rename(tmp_path / "moved")
+    restored = Algorithm.from_checkpoint(checkpoint)
+    try:
+        restored.train()
+    finally:
+        restored.stop()
+    again = ColumnStore(tmp_path / "columns").entries
+    assert [e.fingerprint for e in again] == [e.fingerprint for e in entries] and len(again) == count
+
+
+def test_a_checkpoint_that_is_only_played_leaves_the_store_to_its_run(tmp_path, monkeypatch):
+    made = progressive(tmp_path, steps=100).build_algo()
+    try:
+        made.train()
+        checkpoint = made.save_to_path(str(tmp_path / "checkpoint"))
+    finally:
+        made.stop()
+    claims = []
+    monkeypatch.setattr(ColumnStore, "claim", lambda store: claims.append(store.path))
+    restored = Algorithm.from_checkpoint(checkpoint)
+    try:
+        assert not claims
+        restored.train()
+        assert set(claims) == {tmp_path / "columns"}
+    finally:
+        restored.stop()
+
+
+def test_another_runs_checkpoint_is_refused_before_it_trains(tmp_path):
+    checkpoints = {}
+    for name, seed in (("a", 1), ("b", 2)):
+        made = progressive(tmp_path / name, config=config().debugging(seed=seed), steps=100).build_algo()
+        try:
+            train_until(made, lambda r: r["progressive"]["task_over"])
+            checkpoints[name] = made.save_to_path(str(tmp_path / f"checkpoint_{name}"))
+        finally:
+            made.stop()
+    made = progressive(tmp_path / "a", config=config().debugging(seed=1), steps=100).build_algo()
+    try:
+        with pytest.raises(ColumnStoreError, match=r"column 0 .* the checkpoint is another run's"):
+            made.restore_from_path(checkpoints["b"])
+            made.train()
+    finally:
+        made.stop()
+
+
+def test_what_is_sampled_can_be_written(tmp_path):
+    base = config().offline_data(output=str(tmp_path / "out"), output_write_episodes=False)
+    made = progressive(tmp_path, config=base).build_algo()
+    try:
+        made.train()
+    finally:
+        made.stop()
+    assert list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_a_strangers_vector_env_is_played_in_the_mode_of_training():
+    gym.register("rllib_pnn_test/Two-v0", entry_point=Plain, vector_entry_point=lambda **_: 1 / 0)
+    network = rllib_pnn.ProgressiveNetwork((2,), 2, [{"dense": 4}])
+    network.add_column()
+    play = {"column": 0, "num_episodes": 2}
+    assert evaluate_column(network, "rllib_pnn_test/Two-v0", {"steps": 3}, **play).returns == (3.0, 3.0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate_column(network, "rllib_pnn_test/Two-v0", {"steps": 3}, vectorized=True, **play)
+
+
 def test_an_environment_of_the_users_is_trained_and_played(tmp_path):
     tune.register_env("rllib_pnn_test_plain", lambda context: Plain(**context))
     base = small_config("PPO").environment("rllib_pnn_test_plain")
@@ -596,6 +743,8 @@ def test_evaluation_repeats_itself_bit_for_bit():
         ({"column": "atari"}, "use the preset 'mlp'"),
         ({"columns_from": "/nowhere"}, "no such folder"),
         ({"tasks": [{"name": "a", "env_config": {"variant": "flippd"}}]}, r"tasks\[0\] \('a'\).*flipped"),
+        ({"tasks": [{"name": "a", "env_config": {"n": np.int64(3)}}]}, r"tasks\[0\] .*env_config: .*int64.*plain data"),
+        ({"tasks": [{"name": "a", "env_config": {"n": float("nan")}}]}, r"tasks\[0\] .*env_config: .*plain data"),
     ],
 )
 def test_bad_settings_give_one_line(settings, message):

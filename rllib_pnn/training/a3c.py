@@ -228,6 +228,13 @@ class A3CConfig(AlgorithmConfig):
             )
         if not (isinstance(self.env_runner_cls, type) and issubclass(self.env_runner_cls, A3CEnvRunner)):
             self._value_error(f"`env_runner_cls` ({self.env_runner_cls}) must be a subclass of A3CEnvRunner.")
+        if not self.explore:
+            self._value_error(
+                "`explore` must be True: A3C learns from actions that its policy has drawn. For greedy evaluation, "
+                "`config.evaluation(evaluation_config={'explore': False})`."
+            )
+        if self.output:
+            self._value_error("`output` can't be used: A3C's EnvRunners keep gradients, not episodes.")
         if self.batch_mode != "truncate_episodes":
             self._value_error(
                 f"`batch_mode` ('{self.batch_mode}') must be 'truncate_episodes'. In A3C, rollouts have "
@@ -298,6 +305,7 @@ class A3CLearner(TorchLearner):
         self._only_not_finite = False  # whether that holds for all gradients between the last two get_metrics()
         # Since the last get_metrics():
         self._sums: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)  # a rollout of equal returns has no explained variance
         self._num_applied_unreported = self._num_steps_unreported = self._max_staleness = 0
         self._apply_seconds = 0.0
         self._entropy_schedule = Scheduler(fixed_value_or_schedule=self.config.entropy_coeff)
@@ -405,10 +413,13 @@ class A3CLearner(TorchLearner):
 
     def _note(self, info: GradientInfo) -> None:
         staleness = self._weights_seq_no - info.version
-        for name, value in info.stats.items():
+        for name, value in (
+            *info.stats.items(),
+            (f"gradients_{DEFAULT_OPTIMIZER}_global_norm", self._gradient_norm),
+            (DIFF_NUM_GRAD_UPDATES_VS_SAMPLER_POLICY, staleness),
+        ):
             self._sums[name] += value
-        self._sums[f"gradients_{DEFAULT_OPTIMIZER}_global_norm"] += self._gradient_norm
-        self._sums[DIFF_NUM_GRAD_UPDATES_VS_SAMPLER_POLICY] += staleness
+            self._counts[name] += 1
         self._max_staleness = max(self._max_staleness, staleness)
         self._num_applied_unreported += 1
         self._num_steps_unreported += info.num_env_steps
@@ -419,7 +430,7 @@ class A3CLearner(TorchLearner):
         log = self.metrics.log_value
         applied = self._num_applied_unreported
         for name, total in self._sums.items():
-            log((DEFAULT_MODULE_ID, name), total / max(1, applied), window=1)
+            log((DEFAULT_MODULE_ID, name), total / self._counts[name], window=1)
         if applied:
             log((DEFAULT_MODULE_ID, "gradient_staleness_max"), self._max_staleness, window=1)
             log((ALL_MODULES, APPLY_GRADS_TIMER), self._apply_seconds / applied, window=1)
@@ -436,6 +447,7 @@ class A3CLearner(TorchLearner):
         self._only_not_finite = self._num_not_finite_unreported > 0 and not applied
         self._num_not_finite_unreported = 0
         self._sums.clear()
+        self._counts.clear()
         self._num_applied_unreported = self._num_steps_unreported = self._max_staleness = 0
         self._apply_seconds = 0.0
         return self.metrics.reduce()

@@ -68,6 +68,8 @@ class ProgressiveCallback(RLlibCallback):
 
     # Of an episode's earlier chunks it reads the return only; ArrayEnvRunner then keeps no observations of them.
     needs_whole_chunks = False
+    # By which a Learner knows that tasks will end.
+    walks_tasks = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +89,6 @@ class ProgressiveCallback(RLlibCallback):
         )
         self._returns = deque(maxlen=algorithm.config.metrics_num_episodes_for_smoothing)
         self._store = self._open_store(algorithm)
-        self._store.claim()
         storage = getattr(algorithm, "_storage", None)
         if storage is not None:
             # Tune stages checkpoints in the system's temporary folder, where a killed process leaves half of one for
@@ -95,6 +96,7 @@ class ProgressiveCallback(RLlibCallback):
             tempfile.tempdir = f"{storage.trial_working_directory}.staging"
             os.makedirs(tempfile.tempdir, exist_ok=True)
         if self._settings.get("columns_from"):
+            self._store.claim()
             self._start_from(algorithm, ColumnStore(self._settings["columns_from"]))
 
     @override(RLlibCallback)
@@ -138,6 +140,7 @@ class ProgressiveCallback(RLlibCallback):
         progress = self._progress(algorithm)
         task = self._tasks[progress["task_index"]]
         runners = result.setdefault(ENV_RUNNER_RESULTS, {})
+        result.get(EVALUATION_RESULTS, {}).get(ENV_RUNNER_RESULTS, {}).pop(TASK_RETURNS, None)
         total_steps = int(result.get(NUM_ENV_STEPS_SAMPLED_LIFETIME) or 0)
         steps = total_steps - progress["task_start_env_steps"]
         ended = (runners.pop(TASK_RETURNS, None) or {}).get(str(progress["task_index"]), [])
@@ -245,6 +248,7 @@ class ProgressiveCallback(RLlibCallback):
         """Once after building or restoring: goes on behind the columns that the store holds already."""
         if self._ready:
             return
+        self._store.claim()  # not before: a checkpoint that is only played leaves a running training its store
         self._ready = True
         self._returns.clear()
         progress = self._progress(algorithm)
@@ -252,13 +256,22 @@ class ProgressiveCallback(RLlibCallback):
         self._scores = {e.task: _score_of(e.score, e.extra.get("digest")) for e in entries if e.score is not None}
         first = progress["first_column"]
         done = len(entries) - first
+        ended = progress["task_index"] + int(progress["finished"])
         for i, entry in enumerate(entries[first:]):
             if i >= len(self._tasks) or entry.task != self._tasks[i].name:
                 raise ColumnStoreError(
                     f"{self._store.path}: column {first + i} is of task '{entry.task}', this run's is "
                     f"'{self._tasks[i].name if i < len(self._tasks) else 'none'}'; give the run a store of its own"
                 )
-        if done > progress["task_index"] and not progress["finished"]:
+        frozen = _on_learners(algorithm, lambda learner: learner.module_state(inference_only=True))[0]["columns"]
+        for k in range(first + min(done, ended)):
+            if entries[k].fingerprint != frozen[k]["fingerprint"]:
+                raise ColumnStoreError(
+                    f"{self._store.path}: column {k} is stored with fingerprint {entries[k].fingerprint[:12]}, the "
+                    f"checkpoint's is {str(frozen[k]['fingerprint'])[:12]}: the checkpoint is another run's; "
+                    "restore it with a column_store of its own"
+                )
+        if done > ended:
             logger.info("%s holds %d finished tasks; going on behind them", self._store.path, done)
             total = int(algorithm.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0) or 0)
             network = self._store.load()
@@ -267,11 +280,11 @@ class ProgressiveCallback(RLlibCallback):
             _on_learners(algorithm, lambda learner, s=state: learner.become(s))
             self._share(algorithm)
             self._go_on(algorithm, progress, total)
-        elif progress["task_index"] > done:
+        elif ended > done:
             # The checkpoint knows more than the store (moved or lost files): every column goes in again.
             states = _on_learners(algorithm, lambda learner: learner.module_state())
             network = self._network_from(algorithm, states[0])
-            for k in range(first + progress["task_index"]):
+            for k in range(first + ended):
                 self._store_column(network, k, progress, None)
             self._share(algorithm)
         else:
@@ -324,6 +337,7 @@ class ProgressiveCallback(RLlibCallback):
             spaces=algorithm.spaces, inference_only=True
         ).build()
         module.set_state(state)
+        module.network.seed = algorithm.config.seed or 0  # as on the Learner
         return module.network
 
     def _share(self, algorithm: Algorithm) -> None:

@@ -29,6 +29,7 @@ from ray.rllib.core import ALL_MODULES, DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.learner import Learner
 from ray.rllib.core.learner.training_data import TrainingData
+from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchDDPRLModule
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
@@ -38,6 +39,7 @@ from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from ray.rllib.utils.typing import EpisodeType, ParamDict, StateDict
 
 from rllib_pnn.network.memory import lean_memory
+from rllib_pnn.training.a3c_env_runner import callback_class
 from rllib_pnn.training.rl_module import MODEL_CONFIG_KEY, ProgressiveRLModule
 
 logger = logging.getLogger(__name__)
@@ -165,6 +167,11 @@ class ProgressiveLearnerMixin(Learner):
         self._growth_lock = threading.RLock()
         self._task_env_steps = 0
         self._trouble: str | None = None
+        if not any(getattr(callback_class(c), "walks_tasks", False) for c in force_list(self.config.callbacks_class)):
+            raise ValueError(
+                "config: ProgressiveCallback is missing, without which no task ends: `config.callbacks(...)` replaces "
+                "all callbacks; call it before make_progressive(), which keeps them"
+            )
         super().build()
         if (
             self.config.num_learners == 0
@@ -175,6 +182,16 @@ class ProgressiveLearnerMixin(Learner):
         if self._learner_connector is not None:
             self._learner_connector.prepend(DropOldStates())
             self._learner_connector.append(AddTaskIndex())
+
+    @override(Learner)
+    def _make_module(self) -> MultiRLModule:
+        # make_progressive noted the seed of its time; `config.debugging(seed=...)` or a Tuner may have set another.
+        specs = getattr(self._module_spec, "rl_module_specs", self._module_spec)
+        for spec in specs.values() if isinstance(specs, Mapping) else [specs]:
+            if spec is not None:
+                settings = {**spec.model_config[MODEL_CONFIG_KEY], "seed": self.config.seed or 0}
+                spec.model_config = {**spec.model_config, MODEL_CONFIG_KEY: settings}
+        return super()._make_module()
 
     @property
     def progressive_module(self) -> ProgressiveRLModule:

@@ -33,7 +33,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch
 from ray.rllib.models.catalog import ModelCatalog
 from ray.rllib.models.torch.torch_modelv2 import TorchModelV2
@@ -46,7 +45,7 @@ from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.store import ColumnEntry, ColumnStore
 from rllib_pnn.text import did_you_mean
 from rllib_pnn.training.progressive import _check_choice, _source_store
-from rllib_pnn.training.rl_module import ARCHITECTURES, grow, num_outputs_of, observation_shape_of
+from rllib_pnn.training.rl_module import ARCHITECTURES, grow, input_scale_of, num_outputs_of, observation_shape_of
 
 MODEL_NAME = "progressive"
 FROZEN = "frozen_fingerprints"  # in the weights: (K - 1, 32) bytes, which frozen columns they belong to
@@ -128,7 +127,7 @@ class ProgressiveTorchModelV2(TorchModelV2, nn.Module):
                 lateral=lateral,
                 lateral_scale=lateral_scale,
                 lateral_heads=lateral_heads,
-                input_scale=_input_scale(obs_space) if frozen is None else frozen.input_scale,
+                input_scale=input_scale_of(obs_space) if frozen is None else frozen.input_scale,
                 seed=seed,
             )
             if frozen is not None:
@@ -296,11 +295,6 @@ def _observation_shape(space: gym.Space) -> tuple[int, ...]:
             f"model '{MODEL_NAME}': expected observations that are an image or a vector, got {space}; leave RLlib's "
             "preprocessors on, which flatten Dict, Tuple and Discrete spaces, or wrap the environment"
         ) from None
-
-
-def _input_scale(space: Any) -> float | None:
-    # Some of RLlib's preprocessors give images that are scaled already; None is the network's default (bytes / 255).
-    return 1.0 if np.max(space.high) <= 1 else None
 
 
 def _read_columns(

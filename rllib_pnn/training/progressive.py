@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -30,6 +31,7 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.env.env_context import EnvContext
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.models.catalog import MODEL_DEFAULTS
+from ray.rllib.offline.offline_env_runner import OfflineSingleAgentEnvRunner
 from ray.rllib.utils import force_list
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
@@ -90,7 +92,7 @@ def make_progressive(
     Args:
         config: PPO, APPO, IMPALA or A3C on the new API stack, single-agent, with its environment set. For columns with
             LSTM layers, PPO, APPO and IMPALA cut episodes into sequences of `model_config`'s `max_seq_len` steps (20);
-            A3C's are its rollouts.
+            A3C's are its rollouts. Columns are drawn from its `seed`, 0 if it has none.
         tasks: what to learn, in order; see `Task`. Each task's `env_config` is merged over the config's own.
         column: what a column is made of; see `ColumnSpec.parse`.
         lateral: `"adapter"` (eq. 2), `"linear"` (eq. 1) or `"none"`.
@@ -141,6 +143,15 @@ def make_progressive(
 
     base_env_config = dict(config.env_config)
     merged = [Task(t.name, base_env_config | dict(t.env_config), t.until) for t in parsed]
+    for i, task in enumerate(merged):
+        try:  # now, for with its column it goes into the store when the task ends
+            json.dumps(dict(task.env_config), allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"tasks[{i}] ('{task.name}'): env_config: {' '.join(str(error).split())}; expected plain data "
+                "(numbers, strings, lists, dicts), which is stored with the column; name anything else and let the "
+                "environment look it up"
+            ) from None
     if input_shift != "auto" and (isinstance(input_shift, bool) or not isinstance(input_shift, int | float)):
         raise ValueError(f"input_shift: expected a number or 'auto', got {input_shift!r}")
     network: ProgressiveNetwork | None = None
@@ -186,7 +197,7 @@ def make_progressive(
         "column_store": None if column_store is None else str(Path(column_store).resolve()),
         "evaluation_episodes": evaluation_episodes,
         "evaluation_seed": evaluation_seed,
-        "seed": config.seed or 0,
+        "seed": config.seed if isinstance(config.seed, int) else 0,  # the Learner takes the config's own, see there
     }
     progressive = config.copy(copy_frozen=False)
     # Not by `environment()`, which lays it over what is there, in place.
@@ -216,13 +227,16 @@ def make_progressive(
     progressive.env_runners(env_runner_cls=task_env_runner_class(env_runner_class))
     if config.env in ENV_IDS and gym.VectorizeMode(config.gym_env_vectorize_mode) is gym.VectorizeMode.SYNC:
         # The same observations, all environments of an EnvRunner stepped together.
-        progressive.env_runners(gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT)
+        # (By name: RLlib's runner that writes what it samples knows no other.)
+        progressive.env_runners(gym_env_vectorize_mode="vector_entry_point")
     for name, seconds in _FAULT_TOLERANCE.items():
         if getattr(config, name) == getattr(_DEFAULTS, name):
             progressive.fault_tolerance(**{name: seconds})
     given = force_list(config.callbacks_class)
-    others = [c for c in given if not issubclass(callback_class(c), ProgressiveCallback)]
-    progressive.callbacks([ProgressiveCallback, *others])  # first: the others see what it adds to results
+    own = [c for c in given if issubclass(callback_class(c), ProgressiveCallback)]
+    others = [c for c in given if c not in own]
+    walker = max(own, key=lambda c: len(callback_class(c).__mro__), default=ProgressiveCallback)  # a user's subclass
+    progressive.callbacks([walker, *others])  # first: the others see what it adds to results
     return progressive
 
 
@@ -235,6 +249,8 @@ def _max_seq_len(config: AlgorithmConfig) -> int:
 
 def _env_runner_class(config: AlgorithmConfig) -> type[SingleAgentEnvRunner]:
     cls = config.env_runner_cls
+    if cls is None and config.output:
+        return OfflineSingleAgentEnvRunner  # as RLlib chooses it: it writes what it samples
     if cls is None:
         return ArrayEnvRunner if config.env in ENV_IDS else SingleAgentEnvRunner
     if not isinstance(cls, type) or not issubclass(cls, SingleAgentEnvRunner):

@@ -67,6 +67,11 @@ def observation_shape_of(space: gym.Space) -> tuple[int, ...]:
     return tuple(space.shape)
 
 
+def input_scale_of(space: Any) -> float | None:
+    """What images are multiplied with: None, the network's default (1/255), unless they are scaled already."""
+    return None if 1 < np.max(space.high) < np.inf else 1.0
+
+
 def grow(network: ProgressiveNetwork, architecture: str, input_shift: float = 0.0) -> int:
     """Adds the column for the next task as the architecture wants it (Rusu et al. 2016, section 4, baselines 1-4).
 
@@ -111,6 +116,7 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
             lateral=settings.get("lateral", "adapter"),
             lateral_scale=settings.get("lateral_scale", 0.1),
             lateral_heads=settings.get("lateral_heads", True),
+            input_scale=input_scale_of(self.observation_space),
             seed=settings.get("seed") or 0,
         )
         self._grow(task_index=0)
@@ -232,13 +238,12 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         """All columns and the progress.
 
         Args:
-            inference_only: the state for an EnvRunner: frozen columns by reference where they have been shared. A
-                checkpoint's state (False, on a Learner) holds everything.
+            inference_only: the state for an EnvRunner: frozen columns by reference where they have been shared. Any
+                other state holds everything, so that it can be saved and outlives this run.
         """
-        by_reference = bool(inference_only or self.inference_only)
         columns = []
         for column in self.network.columns:
-            reference = self._references.get(column.fingerprint) if by_reference and column.fingerprint else None
+            reference = self._references.get(column.fingerprint) if inference_only and column.fingerprint else None
             if reference is None:
                 columns.append(_column_state(column))
             else:
