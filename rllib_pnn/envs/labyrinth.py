@@ -188,7 +188,8 @@ class LabyrinthVectorEnv(VectorEnv):
         self._over = np.zeros(num_envs, np.bool_)  # whose episode ended with the last step
         # A thread each: while an engine, a process of its own, is busy, its thread waits without the GIL.
         self._threads = ThreadPoolExecutor(num_envs, thread_name_prefix="labyrinth")
-        self._observations = np.zeros(self.observation_space.shape, np.uint8)
+        side = self.envs[0].size
+        self._observations = np.zeros((num_envs, side, side, 3), np.uint8)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
