@@ -24,10 +24,8 @@ from rllib_pnn.analysis.analyze import ANALYSIS_FOLDER
 from rllib_pnn.analysis.runs import Run, read_run
 from rllib_pnn.analysis.transfer import step_grid, task_curve
 
-KEPT = ("training_iteration", "time_total_s") + tuple(
-    f"progressive/{key}"
-    for key in ("task", "task_index", "task_env_steps", "num_episodes", "episode_return_sum", "task_over", "finished")
-)
+OF_TASK = ("task", "task_index", "task_env_steps", "num_episodes", "episode_return_sum", "task_over", "finished")
+KEPT = ("training_iteration", "time_total_s", *(f"progressive/{key}" for key in OF_TASK))
 
 
 def keep(trial: Path, folder: Path) -> None:
