@@ -17,7 +17,7 @@ from stored_columns import SOUP, soup_run
 from rllib_pnn import cli
 from rllib_pnn.experiment import run as run_module
 from rllib_pnn.experiment.errors import RunFailed
-from rllib_pnn.experiment.folder import RunFolder, create_experiment, edited
+from rllib_pnn.experiment.folder import RunFolder, create_experiment, edited, make_folder, open_transfer
 from rllib_pnn.experiment.run import Outcome
 from rllib_pnn.experiment.spec import Plan, load_plans
 from rllib_pnn.network import ColumnStore
@@ -100,6 +100,35 @@ def test_outcomes(
     assert re.fullmatch(last_line, out.splitlines()[-1])
     assert re.search(r"seed_0 +flipped +1 +- +- +[0-9a-f]{12}", out)
     assert ("error.txt" in err) == (status == "failed")
+
+
+def test_chosen_trials(rllib, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transfer = "  transfer: {sources: [plain], targets: [flipped], architectures: [scratch, progressive]}\n"
+    (folder / "soup.yaml").write_text(SOUP + transfer)
+    path = folder / "runs" / "soup"
+    (plan,) = load_plans("soup.yaml")
+    open_transfer(make_folder(path), plan)
+    source, scratch = (RunFolder(path / f"{name}_seed_0") for name in ("source_plain", "flipped_scratch"))
+    go_on = "rllib train -f soup.yaml --storage runs --only '*scratch*' --only '*source*'"
+
+    def last_lines(outcome: Outcome, code: int) -> list[str]:
+        def train(plans: list[Plan], **_: Any) -> Iterator[Outcome]:
+            assert [list(plan.chosen) for plan in plans] == [[source.path.name, scratch.path.name]]
+            yield outcome
+
+        monkeypatch.setattr(run_module, "train", train)
+        found, out, _ = rllib("train", "-f", "soup.yaml", "--only", "*scratch*", "--only", "*source*")
+        assert found == code
+        return out.splitlines()
+
+    assert last_lines(Outcome(path, [source, scratch], signal.SIGINT), 130) == [f"Stopped. Go on with:  {go_on}"]
+    scratch.set_status("failed")
+    assert last_lines(Outcome(path, [source, scratch]), 1) == [f"Once that is mended:  {go_on}"]
+    scratch.set_status("finished")
+    done, following = last_lines(Outcome(path, [source, scratch]), 0)
+    assert done == "Done. Run folder: runs/soup" and following.startswith("Next:  rllib train -f soup.yaml  ")
+    repeated = last_lines(Outcome(path, [source, scratch], finished_before=True), 0)
+    assert "remove its folder" in repeated[0] and repeated[1].startswith("Finished before")
 
 
 @pytest.mark.parametrize(
