@@ -85,6 +85,10 @@ FILES = {
         changed(SOUP, "minibatch_size: 100", "clip_rewards: true"),
         ["bad.yaml:4: soup.config.clip_rewards: ", "would be ignored"],
     ),
+    "of the old API stack alone, as IMPALA has it by itself": (
+        changed(changed(CARTPOLE, "minibatch_size: 100", "num_gpus: 1"), "PPO", "IMPALA"),
+        ["bad.yaml:8: cartpole.config.num_gpus: ", "did you mean 'num_gpus_per_learner'?"],
+    ),
     "a search misspelt": (
         changed(CARTPOLE, "minibatch_size: 100", "minibatch_size: {grid_serch: [1, 2]}"),
         ["bad.yaml:8: cartpole.config.minibatch_size: ", "did you mean {grid_search: [...]}?"],

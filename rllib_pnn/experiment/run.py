@@ -69,7 +69,7 @@ from rllib_pnn.experiment.spec import METRIC_NAMES, METRICS, Experiment, Plan, l
 from rllib_pnn.network.store import ColumnStore, ColumnStoreError
 from rllib_pnn.registration import register
 from rllib_pnn.text import did_you_mean, printable
-from rllib_pnn.training.progressive import OLD_GPUS, ignored_settings, make_progressive
+from rllib_pnn.training.progressive import make_progressive
 from rllib_pnn.training.trouble import TrainingTrouble
 
 CHECKPOINT_EVERY_S = 60.0
@@ -199,14 +199,10 @@ def make_config(
         if experiment.env is not None and config.is_online and not config.is_multi_agent:
             check_env(plan, experiment)
         return config
-    if experiment.config.get("num_gpus"):
-        raise plan.error(("config", "num_gpus"), OLD_GPUS)  # also where it is what the algorithm has by itself
     arguments = progressive.model_dump(exclude={"tasks", "source_tasks"})
     if columns_from is not None:
         arguments["columns_from"] = str(columns_from)
     tasks = [task.model_dump(exclude_none=True) for task in progressive.tasks]
-    if ignored := ignored_settings(config):
-        raise plan.progressive_error(ValueError(ignored[0]))
     try:
         return make_progressive(config, tasks=tasks, **arguments)
     except ColumnStoreError as error:
