@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rllib_pnn import __version__
 from rllib_pnn.analysis.runs import MANIFEST_FILE, RunError, find_columns, home_of
 from rllib_pnn.experiment.environment import prepare_ray
 from rllib_pnn.experiment.errors import InputError, RunFailed
@@ -45,7 +46,6 @@ _UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
 
 app = typer.Typer(
     name="rllib",
-    help="Train and examine Progressive Neural Networks, and any RLlib algorithm, from a YAML file.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -59,8 +59,8 @@ app.add_typer(example_app, name="example")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        parts = ("rllib_pnn", "ray", "torch", "gymnasium")
-        print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in parts))
+        others = (f", {name} {importlib.metadata.version(name)}" for name in ("ray", "torch", "gymnasium"))
+        print(f"rllib_pnn {__version__}{''.join(others)}")
         raise typer.Exit()
 
 

@@ -1,5 +1,6 @@
 """The `rllib` command: what it prints, its exit codes, and that it works from an installed wheel."""
 
+import importlib.metadata
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from stored_columns import SOUP, soup_run
 
-from rllib_pnn import cli
+from rllib_pnn import __version__, cli
 from rllib_pnn.experiment import run as run_module
 from rllib_pnn.experiment.errors import RunFailed
 from rllib_pnn.experiment.folder import RunFolder, create_experiment, edited, make_folder, open_transfer
@@ -45,14 +46,25 @@ def rllib(capsys: pytest.CaptureFixture[str]):
 
 def test_help(rllib) -> None:
     code, out, _ = rllib("--help")
-    assert code == 0
+    assert code == 0 and "Train and examine Progressive Neural Networks" in out
     for command in ("train", "evaluate", "columns", "example"):
         assert re.search(rf"^\s*{command}\s", out, re.M), command
 
 
-def test_version(rllib) -> None:
+@pytest.mark.parametrize("installed", [True, False])
+def test_version(installed: bool, rllib, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+
+    def others(name: str) -> str:
+        if name == "rllib_pnn":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    if not installed:  # on PYTHONPATH
+        monkeypatch.setattr(importlib.metadata, "version", others)
     code, out, _ = rllib("--version")
     assert code == 0 and re.fullmatch(r"rllib_pnn \S+, ray 2\.\S+, torch \S+, gymnasium \S+\n", out)
+    assert out.startswith(f"rllib_pnn {__version__}, ")
 
 
 def test_a_run_that_nothing_stops_is_told(rllib, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,6 +429,7 @@ def test_installed_wheel(folder: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
+    assert wheel.name.startswith(f"rllib_pnn-{__version__}-")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(folder / "installed")

@@ -118,8 +118,8 @@ def make_progressive(
         ValueError: one line that names the argument, what was expected, what came and the mend.
     """
     parsed = parse_tasks(tasks)
-    _check_choice("lateral", lateral, LATERALS)
-    _check_choice("architecture", architecture, ARCHITECTURES)
+    check_choice("lateral", lateral, LATERALS)
+    check_choice("architecture", architecture, ARCHITECTURES)
     if (
         isinstance(lateral_scale, bool)
         or not isinstance(lateral_scale, int | float)
@@ -168,7 +168,7 @@ def make_progressive(
             f"config: num_aggregator_actors_per_learner ({config.num_aggregator_actors_per_learner}) must be 0 with "
             "LSTM columns: AggregatorActors know the first column alone, and so not the length of the states"
         )
-    source = _source_store(columns_from)
+    source = source_store(columns_from)
     if source is not None and network is not None:
         shared = source.manifest.network
         if shared.observation_shape != network.given_observation_shape or shared.num_outputs != network.num_outputs:
@@ -304,7 +304,7 @@ def ignored_settings(config: AlgorithmConfig, *, progressive: bool = True) -> di
     return found
 
 
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         mend = did_you_mean(value, choices)
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{mend}")
@@ -370,7 +370,7 @@ def _typical_pixel(env: Any, space: gym.Space, num_steps: int = 32) -> float:
     return float(np.median(np.stack(frames))) / 255
 
 
-def _source_store(path: str | os.PathLike[str] | None) -> ColumnStore | None:
+def source_store(path: str | os.PathLike[str] | None) -> ColumnStore | None:
     """The store that a path names, verified. Raises `ValueError`."""
     if path is None:
         return None
