@@ -515,7 +515,7 @@ class _Runs(Searcher):
 
     def _fails(self, name: str, error: InputError) -> None:
         self._failed.add(name)
-        (self._folders[name].path / "error.txt").write_text(f"{error}\n", encoding="utf-8")
+        write_whole(self._folders[name].path / ERROR_FILE, f"{error}\n")
         self._folders[name].set_status("failed")
         run = next(run for run in self._display.runs if run.name == name)
         self._display.say(f"{name}: failed: {error}")
