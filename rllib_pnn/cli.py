@@ -699,7 +699,7 @@ def _report(console: Console, outcome: Outcome, plan: Plan | None = None) -> int
         return FAILED
     say(f"{'Finished before, nothing is left to train' if outcome.finished_before else 'Done'}. Run folder: {shown}")
     if chosen:
-        say(f"Next:  rllib train -f {chosen.source.path}  (the other trials, and the report on all of them)")
+        say(f"Next:  rllib train --resume {_relative(outcome.path)}  (the other trials, and the report on all of them)")
         return DONE
     first = _relative(outcome.runs[0].path)
     say(f"Next:  rllib evaluate {first}" if rows else f"Next:  tensorboard --logdir {shown}  (pip install tensorboard)")

@@ -138,7 +138,7 @@ def test_chosen_trials(rllib, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert last_lines(Outcome(path, [source, scratch]), 1) == [f"Once that is mended:  {go_on}"]
     scratch.set_status("finished")
     done, following = last_lines(Outcome(path, [source, scratch]), 0)
-    assert done == "Done. Run folder: runs/soup" and following.startswith("Next:  rllib train -f soup.yaml  ")
+    assert done == "Done. Run folder: runs/soup" and following.startswith("Next:  rllib train --resume runs/soup  ")
     repeated = last_lines(Outcome(path, [source, scratch], finished_before=True), 0)
     assert "remove its folder" in repeated[0] and repeated[1].startswith("Finished before")
 
