@@ -450,7 +450,7 @@ def load_plans(path: Path | str) -> list[Plan]:
 
 
 def choose(plans: Sequence[Plan], patterns: Sequence[str]) -> list[Plan]:
-    """The transfer experiments of a file that have trials of such names (glob patterns), less all others' trials.
+    """The transfer experiments of a file that have trials of such names (glob patterns), with those as their `only`.
 
     Raises:
         InputError: the file has no transfer experiment, or no trial of a pattern's name.
