@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rllib_pnn import __version__
 from rllib_pnn.analysis.runs import MANIFEST_FILE, RunError, find_columns, home_of
 from rllib_pnn.experiment.environment import prepare_ray
 from rllib_pnn.experiment.errors import InputError, RunFailed
 from rllib_pnn.experiment.folder import ERROR_FILE, EXPERIMENT_FILE, PLAN_FILE, RunFolder, find_runs
-from rllib_pnn.experiment.spec import load_plans
+from rllib_pnn.experiment.spec import Plan, choose, load_plans
 from rllib_pnn.text import did_you_mean, printable
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ _UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
 
 app = typer.Typer(
     name="rllib",
-    help="Train and examine Progressive Neural Networks, and any RLlib algorithm, from a YAML file.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -59,8 +59,8 @@ app.add_typer(example_app, name="example")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        parts = ("rllib_pnn", "ray", "torch", "gymnasium")
-        print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in parts))
+        others = (f", {name} {importlib.metadata.version(name)}" for name in ("ray", "torch", "gymnasium"))
+        print(f"rllib_pnn {__version__}{''.join(others)}")
         raise typer.Exit()
 
 
@@ -85,6 +85,13 @@ def train(
         list[str] | None, typer.Argument(metavar="[file FILE]", help="The same as -f FILE.", show_default=False)
     ] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", metavar="FILE", help="A tuned example.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Of a `transfer` block, the trials of such names ('*zoom*') and what they wait for; may be repeated.",
+        ),
+    ] = None,
     storage: Annotated[
         Path, typer.Option(metavar="DIR", help="Where the run folders go; all nodes of a cluster must see it.")
     ] = Path("runs"),
@@ -100,15 +107,19 @@ def train(
     """Train what a tuned example describes.
 
     Ctrl-C writes a checkpoint and prints the command that goes on from it. A file with a `transfer` block has one
-    folder: the same command again goes on there and repeats nothing that is finished. With --resume a run keeps the
-    settings that it was started with; a file given too must be of the same experiment, and what it says otherwise is
-    printed and ignored.
+    folder: the same command again goes on there and repeats nothing that is finished; with --only it leaves the other
+    trials as they are. With --resume a run keeps the settings that it was started with; a file given too must be of
+    the same experiment, and what it says otherwise is printed and ignored.
     """
     path = _file_argument(words or [], file)
     if path is None and resume is None:
         raise InputError("rllib train: expected a tuned example (-f FILE) or --resume RUN")
     console = _console()
     if resume is not None:
+        if only:
+            raise InputError(
+                f"--only {only[0]}: chooses trials of a file; expected -f FILE, or --resume RUN/TRIAL for one alone"
+            )
         if not resume.exists() and (storage / resume).exists():
             resume = storage / resume
         find_runs(resume)
@@ -119,6 +130,8 @@ def train(
         raise typer.Exit(_report(console, outcome))
     assert path is not None
     plans = load_plans(_existing(path))
+    if only:
+        plans = choose(plans, only)
     for plan in plans:
         if any(run.progressive is None and not run.stop for run in plan.runs.values()):
             console.print(f"{plan.name}: has no `stop`: trains until Ctrl-C", soft_wrap=True)
@@ -126,8 +139,9 @@ def train(
     from rllib_pnn.experiment.run import train as train_plans
 
     code = DONE
-    for outcome in train_plans(plans, storage=storage, console=console, ray_address=ray_address, verbose=verbose):
-        code = _report(console, outcome) or code
+    outcomes = train_plans(plans, storage=storage, console=console, ray_address=ray_address, verbose=verbose)
+    for outcome, plan in zip(outcomes, plans, strict=False):  # a signal ends all of them
+        code = _report(console, outcome, plan) or code
     raise typer.Exit(code)
 
 
@@ -657,8 +671,11 @@ def _evaluate_auto(stored: _Stored, episodes: int, seed: int, deterministic: boo
         console.print(f"{first} and {second} can't be told apart by their first observations")
 
 
-def _report(console: Console, outcome: Outcome) -> int:
+def _report(console: Console, outcome: Outcome, plan: Plan | None = None) -> int:
     """Says what came of an experiment and what to do next; returns the exit code."""
+    chosen = plan if plan is not None and plan.only else None
+    if chosen and outcome.finished_before:
+        console.print("These trials are finished; to repeat one, remove its folder first", soft_wrap=True)
     if outcome.conclusion is not None:
         return _report_transfer(console, outcome, outcome.conclusion)
     rows = _result_rows(outcome) if not any(run.experiment.trial for run in outcome.runs) else []
@@ -672,14 +689,18 @@ def _report(console: Console, outcome: Outcome) -> int:
         console.print(message, soft_wrap=True)
 
     shown = _relative(outcome.runs[0].path if len(outcome.runs) == 1 else outcome.path)
+    go_on = chosen.command(Path(_relative(outcome.path))) if chosen else f"rllib train --resume {shown}"
     if outcome.stopped_by is not None:
-        say(f"Stopped. Go on with:  rllib train --resume {shown}")
+        say(f"Stopped. Go on with:  {go_on}")
         return 128 + outcome.stopped_by
     if outcome.failed:
         _tell_failures(outcome)
-        say(f"Once that is mended:  rllib train --resume {shown}")
+        say(f"Once that is mended:  {go_on}")
         return FAILED
     say(f"{'Finished before, nothing is left to train' if outcome.finished_before else 'Done'}. Run folder: {shown}")
+    if chosen:
+        say(f"Next:  rllib train --resume {_relative(outcome.path)}  (the other trials, and the report on all of them)")
+        return DONE
     first = _relative(outcome.runs[0].path)
     say(f"Next:  rllib evaluate {first}" if rows else f"Next:  tensorboard --logdir {shown}  (pip install tensorboard)")
     return DONE

@@ -85,6 +85,10 @@ FILES = {
         changed(SOUP, "minibatch_size: 100", "clip_rewards: true"),
         ["bad.yaml:4: soup.config.clip_rewards: ", "would be ignored"],
     ),
+    "of the old API stack alone, as IMPALA has it by itself": (
+        changed(changed(CARTPOLE, "minibatch_size: 100", "num_gpus: 1"), "PPO", "IMPALA"),
+        ["bad.yaml:8: cartpole.config.num_gpus: ", "did you mean 'num_gpus_per_learner'?"],
+    ),
     "a search misspelt": (
         changed(CARTPOLE, "minibatch_size: 100", "minibatch_size: {grid_serch: [1, 2]}"),
         ["bad.yaml:8: cartpole.config.minibatch_size: ", "did you mean {grid_search: [...]}?"],
@@ -370,6 +374,17 @@ def test_bad_file(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert contains_in_order(line, words), line
 
 
+GRID = """\
+grid:
+  run: PPO
+  env: rllib_pnn/CartPoleSoup-v0
+  progressive:
+    column: mlp
+    tasks:
+      - {name: plain, env_config: {variant: plain}, until: {num_env_steps: 500}}
+      - {name: scaled, env_config: {variant: scaled}, until: {num_env_steps: 500}}
+  transfer: {sources: [plain], targets: [scaled], architectures: [scratch, progressive]}
+"""
 ARGUMENTS = {
     "no such file": (["train", "-f", "missing.yaml"], ["missing.yaml", "no such file"]),
     "an example that is not here": (
@@ -380,6 +395,19 @@ ARGUMENTS = {
     "nothing to train": (["train"], ["-f FILE", "--resume RUN"]),
     "two files": (["train", "a.yaml", "-f", "b.yaml"], ["one tuned example", "a.yaml", "b.yaml"]),
     "a run of another file": (["train", "-f", "other.yaml", "--resume", "RUN"], ["describes other", "is of 'soup'"]),
+    "chosen trials of an ordinary file": (
+        ["train", "-f", "soup.yaml", "--only", "x*"],
+        ["soup.yaml", "--only x*: ", "transfer"],
+    ),
+    "a misspelt trial": (
+        ["train", "-f", "grid.yaml", "--only", "*scaled*", "--only", "plain_to_scaled_progresive"],
+        ["grid.yaml: --only plain_to_scaled_progresive: ", "did you mean 'plain_to_scaled_progressive_seed_0'?"],
+    ),
+    "no trial of a name": (
+        ["train", "-f", "grid.yaml", "--only", "*zoom*"],
+        ["grid.yaml: --only *zoom*: no trial", "its 3 trials are source_plain_seed_0, scaled_scratch_seed_0, "],
+    ),
+    "chosen trials of a run": (["train", "--resume", "RUN", "--only", "x*"], ["--only x*", "-f FILE", "RUN/TRIAL"]),
     "no such option": (["train", "--storrage", "x"], ["rllib train", "--storrage", "--storage"]),
     "no such command": (["trian"], ["rllib", "trian", "train"]),
     "a storage that is a file": (
@@ -410,6 +438,7 @@ def test_bad_arguments(
     arguments, words = ARGUMENTS[name]
     stored = str(soup_run(folder))
     (folder / "other.yaml").write_text(SOUP.replace("soup:", "other:"))
+    (folder / "grid.yaml").write_text(GRID)
     (folder / "empty").mkdir()
     if "--ray-address" in arguments:
         monkeypatch.setattr(run, "ray_session", REAL_RAY)

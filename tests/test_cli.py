@@ -1,5 +1,6 @@
 """The `rllib` command: what it prints, its exit codes, and that it works from an installed wheel."""
 
+import importlib.metadata
 import json
 import re
 import shutil
@@ -14,10 +15,10 @@ from typing import Any
 import pytest
 from stored_columns import SOUP, soup_run
 
-from rllib_pnn import cli
+from rllib_pnn import __version__, cli
 from rllib_pnn.experiment import run as run_module
 from rllib_pnn.experiment.errors import RunFailed
-from rllib_pnn.experiment.folder import RunFolder, create_experiment, edited
+from rllib_pnn.experiment.folder import RunFolder, create_experiment, edited, make_folder, open_transfer
 from rllib_pnn.experiment.run import Outcome
 from rllib_pnn.experiment.spec import Plan, load_plans
 from rllib_pnn.network import ColumnStore
@@ -45,14 +46,25 @@ def rllib(capsys: pytest.CaptureFixture[str]):
 
 def test_help(rllib) -> None:
     code, out, _ = rllib("--help")
-    assert code == 0
+    assert code == 0 and "Train and examine Progressive Neural Networks" in out
     for command in ("train", "evaluate", "columns", "example"):
         assert re.search(rf"^\s*{command}\s", out, re.M), command
 
 
-def test_version(rllib) -> None:
+@pytest.mark.parametrize("installed", [True, False])
+def test_version(installed: bool, rllib, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+
+    def others(name: str) -> str:
+        if name == "rllib_pnn":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    if not installed:  # on PYTHONPATH
+        monkeypatch.setattr(importlib.metadata, "version", others)
     code, out, _ = rllib("--version")
     assert code == 0 and re.fullmatch(r"rllib_pnn \S+, ray 2\.\S+, torch \S+, gymnasium \S+\n", out)
+    assert out.startswith(f"rllib_pnn {__version__}, ")
 
 
 def test_a_run_that_nothing_stops_is_told(rllib, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +112,35 @@ def test_outcomes(
     assert re.fullmatch(last_line, out.splitlines()[-1])
     assert re.search(r"seed_0 +flipped +1 +- +- +[0-9a-f]{12}", out)
     assert ("error.txt" in err) == (status == "failed")
+
+
+def test_chosen_trials(rllib, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transfer = "  transfer: {sources: [plain], targets: [flipped], architectures: [scratch, progressive]}\n"
+    (folder / "soup.yaml").write_text(SOUP + transfer)
+    path = folder / "runs" / "soup"
+    (plan,) = load_plans("soup.yaml")
+    open_transfer(make_folder(path), plan)
+    source, scratch = (RunFolder(path / f"{name}_seed_0") for name in ("source_plain", "flipped_scratch"))
+    go_on = "rllib train -f soup.yaml --storage runs --only '*scratch*' --only '*source*'"
+
+    def last_lines(outcome: Outcome, code: int) -> list[str]:
+        def train(plans: list[Plan], **_: Any) -> Iterator[Outcome]:
+            assert [list(plan.chosen) for plan in plans] == [[source.path.name, scratch.path.name]]
+            yield outcome
+
+        monkeypatch.setattr(run_module, "train", train)
+        found, out, _ = rllib("train", "-f", "soup.yaml", "--only", "*scratch*", "--only", "*source*")
+        assert found == code
+        return out.splitlines()
+
+    assert last_lines(Outcome(path, [source, scratch], signal.SIGINT), 130) == [f"Stopped. Go on with:  {go_on}"]
+    scratch.set_status("failed")
+    assert last_lines(Outcome(path, [source, scratch]), 1) == [f"Once that is mended:  {go_on}"]
+    scratch.set_status("finished")
+    done, following = last_lines(Outcome(path, [source, scratch]), 0)
+    assert done == "Done. Run folder: runs/soup" and following.startswith("Next:  rllib train --resume runs/soup  ")
+    repeated = last_lines(Outcome(path, [source, scratch], finished_before=True), 0)
+    assert "remove its folder" in repeated[0] and repeated[1].startswith("Finished before")
 
 
 @pytest.mark.parametrize(
@@ -388,6 +429,7 @@ def test_installed_wheel(folder: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
+    assert wheel.name.startswith(f"rllib_pnn-{__version__}-")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(folder / "installed")

@@ -15,7 +15,7 @@ from rllib_pnn.experiment.folder import (
     transfer_folder,
 )
 from rllib_pnn.experiment.grid import Trial, grid_of
-from rllib_pnn.experiment.spec import Experiment, Plan, load_experiment, load_plans
+from rllib_pnn.experiment.spec import Experiment, Plan, choose, load_experiment, load_plans
 
 FILE = """\
 soup:
@@ -150,6 +150,31 @@ def test_random_search(tmp_path: Path) -> None:
         assert experiment.progressive.lateral_scale == drawn[name]["lateral_scale"]
         assert experiment.trial.top == 3
     assert {n: e.trial.searched for n, e in plan_of(text, tmp_path).runs.items()} == drawn
+
+
+def test_chosen_trials(tmp_path: Path) -> None:
+    plan = plan_of(FILE, tmp_path)
+    (chosen,) = choose([plan], ["*_to_flipped_*_seed_6", "scaled_scratch_seed_5"])
+    assert list(chosen.chosen) == [
+        "plain_to_flipped_finetune_heads_seed_6",
+        "plain_to_flipped_finetune_all_seed_6",
+        "plain_to_flipped_progressive_seed_6",
+        "scaled_scratch_seed_5",
+    ]
+    assert chosen.runs == plan.runs and not plan.chosen
+    assert chosen.command(tmp_path / "runs" / "soup") == (
+        f"rllib train -f {tmp_path}/file.yaml --storage {tmp_path}/runs "
+        "--only '*_to_flipped_*_seed_6' --only scaled_scratch_seed_5"
+    )
+
+
+def test_chosen_trials_of_a_file_of_several_experiments(tmp_path: Path) -> None:
+    text = FILE + FILE.replace("soup:", "other:").replace("seed: 5", "seed: 7") + "plain:\n  run: PPO\n  env: E\n"
+    (tmp_path / "file.yaml").write_text(text)
+    plans = load_plans(tmp_path / "file.yaml")
+    (other,) = choose(plans, ["*_seed_8"])
+    assert other.name == "other"
+    assert [plan.name for plan in choose(plans, ["*_seed_8", "*_seed_5"])] == ["soup", "other"]
 
 
 def test_a_trial_reads_back(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from rllib_pnn.analysis.transfer import (
     transfer_score,
     transfer_tables,
 )
+from rllib_pnn.envs.labyrinth_levels import ITEMS, LEVELS
 
 
 def flat(level, steps=(100, 200, 300, 400), episodes=1):
@@ -159,11 +160,24 @@ def test_known_ceilings():
 
 
 def test_what_is_known_of_labyrinth_is_what_its_levels_hold():
-    levels = pytest.importorskip("rllib_pnn.envs.labyrinth_levels").LEVELS
-    for name, level in levels.items():
+    returns = {
+        "track_1": (0, 16),
+        "track_2": (0, 22),
+        "track_3": (0, 7),
+        "track_4": (0, 7),
+        "avoid_1": (-18, 18),
+        "avoid_2": (-18, 18),
+        "maze_m": (0, 6),
+        "maze_y": (0, 6),
+    }
+    assert returns.keys() == LEVELS.keys()
+    for name, (lowest, highest) in returns.items():
         env, config = "rllib_pnn/Labyrinth-v0", {"level": name}
-        assert known_ceiling(env, config) == level.num_good_items
-        assert known_floor(env, config).value == (-level.num_good_items if name.startswith("avoid") else 0)
+        assert known_ceiling(env, config) == highest
+        assert f"{known_floor(env, config).value:g}" == str(lowest)  # no -0
+        rewards = [ITEMS[item.kind][0] for item in LEVELS[name].items]
+        rewards += [ITEMS[kind][0] for flip in LEVELS[name].flips for kind in (flip.good, flip.bad)]
+        assert (sum(min(r, 0) for r in rewards), sum(max(r, 0) for r in rewards)) == (lowest, highest)
 
 
 # -- run folders

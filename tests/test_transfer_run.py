@@ -19,7 +19,7 @@ from rllib_pnn.experiment.errors import InputError
 from rllib_pnn.experiment.folder import ResultLog, RunFolder, find_runs
 from rllib_pnn.experiment.run import ray_session as connected
 from rllib_pnn.experiment.run import resume, train
-from rllib_pnn.experiment.spec import Plan, load_plans
+from rllib_pnn.experiment.spec import Plan, choose, load_plans
 from rllib_pnn.network import ColumnStore
 from rllib_pnn.training.recognition import Statistics
 
@@ -191,6 +191,40 @@ def test_other_settings_are_refused_before_anything_starts(soup: dict, tmp_path:
     plan = plan_of(FILE.replace("num_epochs: 1", "num_epochs: 2"), tmp_path)
     with pytest.raises(InputError, match=r"was trained with config\.num_epochs 1, the file says 2"):
         list(train([plan], storage=soup["path"].parent, console=Console(file=io.StringIO())))
+
+
+def test_chosen_trials_leave_the_others_as_they_are(cluster: None, tmp_path: Path) -> None:
+    plan = plan_of(FILE.replace("512", "128").replace("256", "128"), tmp_path)
+    path = tmp_path / "runs" / "soup"
+
+    def once(*patterns: str) -> tuple[run_module.Outcome, dict[str, str], str]:
+        output = io.StringIO()
+        plans = choose([plan], patterns) if patterns else [plan]
+        (outcome,) = train(plans, storage=path.parent, console=Console(file=output, width=200))
+        assert outcome.stopped_by is None and not outcome.failed
+        return outcome, {name: RunFolder(path / name).state.status for name in TRIALS}, output.getvalue()
+
+    source, chain, scratch, target = TRIALS
+    outcome, states, output = once("*+flipped_seed_0")
+    assert states == {source: "finished", chain: "finished", scratch: "waiting", target: "waiting"}
+    assert [run.path.name for run in outcome.runs] == [source, chain]  # one that it waits for comes first
+    assert "2 sources, 0 trials" in output and "2 of 2 finished" in output
+    assert outcome.conclusion is None and not (path / "report.html").exists()
+    before = {name: (path / name / "result.json").read_bytes() for name in (source, chain)}
+
+    outcome, states, output = once("*_scratch_*")
+    assert states == {source: "finished", chain: "finished", scratch: "finished", target: "waiting"}
+    assert [run.path.name for run in outcome.runs] == [scratch]
+    assert outcome.conclusion is None and not outcome.finished_before
+    again, _, _ = once("*_scratch_*")
+    assert again.finished_before and again.conclusion is None
+
+    outcome, states, output = once()  # the whole file goes on
+    assert set(states.values()) == {"finished"} and "3 of all finished before" in output
+    assert outcome.conclusion is not None and (path / "report.html").exists()
+    assert {name: (path / name / "result.json").read_bytes() for name in before} == before
+    repeated, _, _ = once(target)
+    assert repeated.conclusion is not None and repeated.conclusion.problems == []  # of all, for all are finished
 
 
 def test_what_waits_for_a_failed_source_is_not_started(

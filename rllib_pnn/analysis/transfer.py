@@ -18,6 +18,7 @@ import numpy as np
 from scipy import stats
 
 from rllib_pnn.analysis.runs import Run, TaskRun, number
+from rllib_pnn.envs.labyrinth_levels import LEVELS, Level
 
 PAPER = "Rusu et al. 2016, arXiv 1606.04671v4, Table 1"
 
@@ -79,18 +80,6 @@ _ATARI_RANDOM_SCORES = {
     "seaquest": 68.4,
     "stargunner": 664.0,
     "wizardofwor": 563.5,
-}
-
-# (lowest, highest) return of a Labyrinth level: every bad item, or every good one.
-_LABYRINTH_RETURNS = {
-    "track_1": (0, 16),
-    "track_2": (0, 22),
-    "track_3": (0, 7),
-    "track_4": (0, 7),
-    "avoid_1": (-18, 18),
-    "avoid_2": (-18, 18),
-    "maze_m": (0, 6),
-    "maze_y": (0, 6),
 }
 
 
@@ -276,7 +265,7 @@ def known_floor(env: str, env_config: Mapping[str, Any]) -> Floor | None:
     if _is_cartpole(env, env_config):
         return Floor(0.0, "CartPole's lower bound")
     if level := _labyrinth_level(env, env_config):
-        return Floor(float(_LABYRINTH_RETURNS[level][0]), "the level's lowest return")
+        return Floor(float(-level.num_bad_items), "the level's lowest return")
     return None
 
 
@@ -288,7 +277,7 @@ def known_ceiling(env: str, env_config: Mapping[str, Any]) -> float | None:
         steps = number(env_config.get("max_episode_steps", 200 if env == "CartPole-v0" else 500))
         return None if math.isnan(steps) else steps
     if level := _labyrinth_level(env, env_config):
-        return float(_LABYRINTH_RETURNS[level][1])
+        return float(level.num_good_items)
     return None
 
 
@@ -303,11 +292,12 @@ def _is_cartpole(env: str, env_config: Mapping[str, Any]) -> bool:
     )
 
 
-def _labyrinth_level(env: str, env_config: Mapping[str, Any]) -> str | None:
+def _labyrinth_level(env: str, env_config: Mapping[str, Any]) -> Level | None:
+    """Its items are worth +1 or -1 each."""
     if env != "rllib_pnn/Labyrinth-v0":
         return None
     level = env_config.get("level", "track_1")
-    return level if isinstance(level, str) and level in _LABYRINTH_RETURNS else None
+    return LEVELS.get(level) if isinstance(level, str) else None
 
 
 def method_label(method: str) -> str:

@@ -34,6 +34,7 @@ from rllib_pnn.experiment.errors import InputError
 from rllib_pnn.experiment.source import KeyPath
 from rllib_pnn.experiment.spec import PROGRESSIVE_ALGORITHMS, SEARCHES, SECTIONS, Experiment, Plan
 from rllib_pnn.text import did_you_mean, one_line, short
+from rllib_pnn.training.progressive import OLD_GPUS, ignored_settings
 
 AUTO = "auto"
 
@@ -201,10 +202,7 @@ def build_config(plan: Plan, experiment: Experiment, cluster: Cluster, *, num_ru
 
 
 def _refuse_ignored(plan: Plan, experiment: Experiment, config: AlgorithmConfig) -> None:
-    """Raises `InputError` at a setting of the old API stack that the new one does not read.
-
-    What a progressive network reads of `model`, `model_config` and `num_gpus` is `make_progressive`'s to say.
-    """
+    """Raises `InputError` at a setting that RLlib's new API stack or a progressive network does not read."""
     if not (config.enable_rl_module_and_learner and config.enable_env_runner_and_connector_v2):
         return
     usual = algorithm_class(experiment.run).get_default_config()
@@ -212,19 +210,14 @@ def _refuse_ignored(plan: Plan, experiment: Experiment, config: AlgorithmConfig)
         read_by_own = key == "clip_rewards" and experiment.run in OWN_ALGORITHMS
         if getattr(config, key) != getattr(usual, key) and not read_by_own:
             raise plan.error(("config", key), f"would be ignored: the old API stack alone reads it; {mend}")
+    ignored = ignored_settings(config, progressive=experiment.progressive is not None)
+    if experiment.config.get("num_gpus"):  # also where it is what the algorithm has by itself
+        ignored = {"num_gpus": OLD_GPUS, **ignored}
+    if ignored:
+        key, why = next(iter(ignored.items()))
+        raise plan.error(("config", key), why)
     if experiment.progressive is not None:
         return
-    if config.num_gpus != usual.num_gpus:
-        raise plan.error(
-            ("config", "num_gpus"),
-            "would be ignored: the old API stack alone reads it; did you mean 'num_gpus_per_learner'?",
-        )
-    changed = [
-        key for key, value in config.model.items() if value != usual.model.get(key, value) or key not in usual.model
-    ]
-    for key in changed:
-        if key != "vf_share_layers" and not key.startswith("_"):
-            raise plan.error(("config", "model"), f"{key} would be ignored: the new API stack reads `model_config`")
     given = experiment.config.get("model_config")
     if experiment.run in (*PROGRESSIVE_ALGORITHMS, "BC", "MARWIL") and isinstance(given, Mapping):
         known = [field.name for field in dataclasses.fields(DefaultModelConfig)]

@@ -69,7 +69,7 @@ from rllib_pnn.experiment.spec import METRIC_NAMES, METRICS, Experiment, Plan, l
 from rllib_pnn.network.store import ColumnStore, ColumnStoreError
 from rllib_pnn.registration import register
 from rllib_pnn.text import did_you_mean, printable
-from rllib_pnn.training.progressive import OLD_GPUS, ignored_settings, make_progressive
+from rllib_pnn.training.progressive import make_progressive
 from rllib_pnn.training.trouble import TrainingTrouble
 
 CHECKPOINT_EVERY_S = 60.0
@@ -87,7 +87,8 @@ RESULTS_WITHOUT_METRIC = 10
 class Outcome:
     """What became of an experiment: its folder and the folders of its runs.
 
-    `conclusion`: what a transfer experiment's trials amount to; None for other experiments and for stopped ones.
+    `conclusion`: what a transfer experiment's trials amount to; None for other experiments, for stopped ones and for
+    chosen trials (`Plan.only`) while others are not finished.
     `finished_before`: there was nothing to train.
     """
 
@@ -108,7 +109,7 @@ def train(
     """Runs the experiments of a tuned example, one after the other.
 
     Every call makes a new folder, but that of a transfer experiment goes on in the folder of its name: what is
-    finished there is not repeated.
+    finished there is not repeated, and with `Plan.only` the others of its trials are left as they are.
 
     Args:
         plans: what to run; all are checked before the first one starts.
@@ -198,14 +199,10 @@ def make_config(
         if experiment.env is not None and config.is_online and not config.is_multi_agent:
             check_env(plan, experiment)
         return config
-    if experiment.config.get("num_gpus"):
-        raise plan.error(("config", "num_gpus"), OLD_GPUS)  # also where it is what the algorithm has by itself
     arguments = progressive.model_dump(exclude={"tasks", "source_tasks"})
     if columns_from is not None:
         arguments["columns_from"] = str(columns_from)
     tasks = [task.model_dump(exclude_none=True) for task in progressive.tasks]
-    if ignored := ignored_settings(config):
-        raise plan.progressive_error(ValueError(ignored[0]))
     try:
         return make_progressive(config, tasks=tasks, **arguments)
     except ColumnStoreError as error:
@@ -326,6 +323,9 @@ def _with_what_it_waits_for(plan: Plan, path: Path) -> Plan:
 
 def _run(plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], console: Console, verbose: bool) -> Outcome:
     """Runs the runs of one experiment until all are finished, failed or stopped by a signal."""
+    grid = plan
+    if plan.only:
+        plan = _with_what_it_waits_for(replace(plan, runs=plan.chosen), path)
     folders = {name: RunFolder(path / name) for name in plan.runs}
     display = Display(console, plan.name, [RunProgress(name, e) for name, e in plan.runs.items()])
     for run in display.runs:
@@ -334,12 +334,15 @@ def _run(plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], console: C
     config = next(iter(configs.values()))
     display.say(_headline(plan, config, path))
     stopped_by = None
-    if any(run.phase != "finished" for run in display.runs):
+    unfinished = any(run.phase != "finished" for run in display.runs)
+    if unfinished:
         stopped_by = _fit(plan, path, configs, display, verbose)
     conclusion = None
-    if plan.is_transfer and stopped_by is None:
-        conclusion = conclude(path, list(folders.values()), display.say)
-    return Outcome(path, list(folders.values()), stopped_by, conclusion)
+    trials = [RunFolder(path / name) for name in grid.runs]
+    is_over = not plan.only or all(trial.state.status == "finished" for trial in trials)
+    if plan.is_transfer and stopped_by is None and is_over:
+        conclusion = conclude(path, trials, display.say)
+    return Outcome(path, list(folders.values()), stopped_by, conclusion, finished_before=not unfinished)
 
 
 def _fit(plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], display: Display, verbose: bool) -> int | None:
@@ -363,7 +366,7 @@ def _fit(plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], display: D
     assert config.algo_class is not None
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopSignal(display))
-        stack.enter_context(_RayWatch(display, stop, path))
+        stack.enter_context(_RayWatch(display, stop, plan.command(path)))
         waits_for = {name: e.trial.source_run for name, e in plan.runs.items() if e.trial is not None}
         searcher = _Runs(folders, waits_for, config_of, stop, display)
         tuner = Tuner(
@@ -407,7 +410,7 @@ def _fit(plan: Plan, path: Path, configs: dict[str, AlgorithmConfig], display: D
                 raise
             raise RunFailed(
                 f"{cause.filename or path}: {cause.strerror or complaint(cause)}; the last checkpoints and all stored "
-                f"columns are intact. Once that is mended:  rllib train --resume {path}"
+                f"columns are intact. Once that is mended:  {plan.command(path)}"
             ) from error
     return stop.signal
 
@@ -425,6 +428,7 @@ def _headline(plan: Plan, config: AlgorithmConfig, path: Path) -> str:
     experiment = next(iter(plan.runs.values()))
     tasks = experiment.progressive.tasks if experiment.progressive else []
     sources = sum(e.trial is not None and e.trial.role == "source" for e in plan.runs.values())
+    trials = len(plan.runs) - sources
     over = sum(RunFolder(path / name).state.status == "finished" for name in plan.runs)
     where = path if len(plan.runs) > 1 else path / next(iter(plan.runs))
     with contextlib.suppress(ValueError):
@@ -433,7 +437,7 @@ def _headline(plan: Plan, config: AlgorithmConfig, path: Path) -> str:
         f"{plan.name}: {experiment.run} on {experiment.env}"
         + (f", {len(tasks)} task{'s' if len(tasks) != 1 else ''}" if tasks and not plan.is_transfer else "")
         + (f", {sources} source{'s' if sources != 1 else ''}" if plan.is_transfer else "")
-        + (f", {len(plan.runs) - sources} trials" if plan.is_transfer else "")
+        + (f", {trials} trial{'s' if trials != 1 else ''}" if plan.is_transfer else "")
         + (f", {len(plan.runs)} runs" if len(plan.runs) > 1 and not plan.is_transfer else "")
         + (f", {over} of all finished before" if over and plan.is_transfer else "")
         + f", {config.num_env_runners} env runners x {config.num_envs_per_env_runner} environments"
@@ -511,7 +515,7 @@ class _Runs(Searcher):
 
     def _fails(self, name: str, error: InputError) -> None:
         self._failed.add(name)
-        (self._folders[name].path / "error.txt").write_text(f"{error}\n", encoding="utf-8")
+        write_whole(self._folders[name].path / ERROR_FILE, f"{error}\n")
         self._folders[name].set_status("failed")
         run = next(run for run in self._display.runs if run.name == name)
         self._display.say(f"{name}: failed: {error}")
@@ -593,13 +597,13 @@ class _StopSignal:
 class _RayWatch:
     """Ends this process if the Ray that it started dies (killed with the whole process group, out of memory).
 
-    Ray would print its own obituary a minute later and leave no word of how to go on.
+    Ray would print its own obituary a minute later and leave no word of how to go on, which `command` does.
     """
 
-    def __init__(self, display: Display, stop: _StopSignal, path: Path) -> None:
+    def __init__(self, display: Display, stop: _StopSignal, command: str) -> None:
         self._display = display
         self._stop = stop
-        self._path = path
+        self._command = command
         self._over = threading.Event()
         self._node: Any = getattr(ray._private.worker, "_global_node", None)
 
@@ -615,7 +619,7 @@ class _RayWatch:
             dead = [name for name, _ in self._node.dead_processes()]
             if dead and not self._over.wait(1.0):
                 self._display.__exit__()
-                self._display.say(f"Ray died ({', '.join(dead)}). Go on with:  rllib train --resume {self._path}")
+                self._display.say(f"Ray died ({', '.join(dead)}). Go on with:  {self._command}")
                 os._exit(1 if self._stop.signal is None else 128 + self._stop.signal)
 
 

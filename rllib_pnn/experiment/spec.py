@@ -13,9 +13,11 @@ import itertools
 import math
 import random
 import re
+import shlex
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -378,6 +380,7 @@ class Plan:
 
     `runs` maps the name of a run's folder to its experiment; `root` is where the experiment stands in the file.
     `is_transfer`: the runs are the trials of a transfer experiment, some of which wait for others' columns.
+    `only`: glob patterns of the trials that are to be trained, with those that they wait for; all if there are none.
     """
 
     name: str
@@ -385,10 +388,27 @@ class Plan:
     runs: dict[str, Experiment]
     root: KeyPath = ()
     _sections: dict[str, str] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
 
     @property
     def is_transfer(self) -> bool:
         return any(experiment.trial is not None for experiment in self.runs.values())
+
+    @property
+    def chosen(self) -> dict[str, Experiment]:
+        """The runs that `only` names."""
+        return {
+            name: experiment
+            for name, experiment in self.runs.items()
+            if any(fnmatchcase(name, pattern) for pattern in self.only)
+        }
+
+    def command(self, path: Path) -> str:
+        """What goes on with these runs in the experiment's folder `path`."""
+        if not self.only:
+            return f"rllib train --resume {path}"
+        patterns = [word for pattern in self.only for word in ("--only", pattern)]
+        return shlex.join(["rllib", "train", "-f", str(self.source.path), "--storage", str(path.parent), *patterns])
 
     def error(self, where: KeyPath, message: str) -> InputError:
         """An `InputError` about the key path `where` of an `Experiment`, told in the file's own lines and keys."""
@@ -427,6 +447,24 @@ def load_plans(path: Path | str) -> list[Plan]:
             ("run",), "expected experiments by name; put the whole file under one (`my-experiment: {run: ...}`)"
         )
     return [_plan(source, name, body) for name, body in source.data.items()]
+
+
+def choose(plans: Sequence[Plan], patterns: Sequence[str]) -> list[Plan]:
+    """The transfer experiments of a file that have trials of such names (glob patterns), with those as their `only`.
+
+    Raises:
+        InputError: the file has no transfer experiment, or no trial of a pattern's name.
+    """
+    path = plans[0].source.path
+    grids = [replace(plan, only=tuple(patterns)) for plan in plans if plan.is_transfer]
+    names = [name for plan in grids for name in plan.runs]
+    for pattern in patterns:
+        if not grids:
+            raise InputError(f"{path}: --only {pattern}: the file has no `transfer` block to choose from; leave it out")
+        if not any(fnmatchcase(name, pattern) for name in names):
+            mend = did_you_mean(pattern, names) or f"; its {len(names)} trials are {', '.join(names[:3])}, ..."
+            raise InputError(f"{path}: --only {pattern}: no trial has such a name{mend}")
+    return [plan for plan in grids if plan.chosen]
 
 
 def load_experiment(path: Path) -> tuple[Source, Experiment]:

@@ -41,7 +41,7 @@ from rllib_pnn.training.a3c import A3C
 from rllib_pnn.training.evaluation import ColumnEvaluation, evaluate_shard, is_vectorized, shards
 from rllib_pnn.training.learner import results_of
 from rllib_pnn.training.recognition import KEY as FIRST_OBSERVATIONS
-from rllib_pnn.training.rl_module import MODEL_CONFIG_KEY, ProgressiveRLModule, _column_state, grow
+from rllib_pnn.training.rl_module import MODEL_CONFIG_KEY, ProgressiveRLModule, column_state, grow
 from rllib_pnn.training.task_env_runner import EPISODE_METRICS
 from rllib_pnn.training.tasks import Task, parse_tasks
 from rllib_pnn.training.trouble import TrainingTrouble
@@ -276,7 +276,7 @@ class ProgressiveCallback(RLlibCallback):
             total = int(algorithm.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0) or 0)
             network = self._store.load()
             progress |= {"task_index": done - 1}
-            state = {"progress": progress, "columns": [_column_state(c) for c in network.columns]}
+            state = {"progress": progress, "columns": [column_state(c) for c in network.columns]}
             _on_learners(algorithm, lambda learner, s=state: learner.become(s))
             self._share(algorithm)
             self._go_on(algorithm, progress, total)
@@ -310,7 +310,7 @@ class ProgressiveCallback(RLlibCallback):
         shift = self._settings["tasks"][0].get("input_shift", 0.0)
         grow(network, self._settings.get("architecture", "progressive"), shift)
         progress = {"task_index": 0, "first_column": first, "task_start_env_steps": 0, "finished": False}
-        state = {"progress": progress, "columns": [_column_state(c) for c in network.columns]}
+        state = {"progress": progress, "columns": [column_state(c) for c in network.columns]}
         _on_learners(algorithm, lambda learner, s=state: learner.become(s))
         for k, entry in enumerate(source.entries):
             self._store.save_column(

@@ -44,7 +44,7 @@ from rllib_pnn.network.adapter import LATERALS
 from rllib_pnn.network.progressive import ProgressiveNetwork
 from rllib_pnn.network.store import ColumnEntry, ColumnStore
 from rllib_pnn.text import did_you_mean
-from rllib_pnn.training.progressive import _check_choice, _source_store
+from rllib_pnn.training.progressive import check_choice, source_store
 from rllib_pnn.training.rl_module import ARCHITECTURES, grow, input_scale_of, num_outputs_of, observation_shape_of
 
 MODEL_NAME = "progressive"
@@ -112,8 +112,8 @@ class ProgressiveTorchModelV2(TorchModelV2, nn.Module):
         try:
             # Unknown keys are caught here: to a TypeError RLlib's catalog answers by trying again without any.
             _reject_unknown(unknown)
-            _check_choice("lateral", lateral, LATERALS)
-            _check_choice("architecture", architecture, ARCHITECTURES)
+            check_choice("lateral", lateral, LATERALS)
+            check_choice("architecture", architecture, ARCHITECTURES)
             _check_number("lateral_scale", lateral_scale)
             _check_number("input_shift", input_shift)
             _check_whole("seed", seed)
@@ -309,7 +309,7 @@ def _read_columns(
         return [], None
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"columns_from: expected the path of a run folder or a column store, got {path!r}")
-    store = _source_store(path)
+    store = source_store(path)
     assert store is not None
     network = store.load(num_columns)
     return store.entries[: network.num_columns], network

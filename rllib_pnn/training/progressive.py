@@ -118,8 +118,8 @@ def make_progressive(
         ValueError: one line that names the argument, what was expected, what came and the mend.
     """
     parsed = parse_tasks(tasks)
-    _check_choice("lateral", lateral, LATERALS)
-    _check_choice("architecture", architecture, ARCHITECTURES)
+    check_choice("lateral", lateral, LATERALS)
+    check_choice("architecture", architecture, ARCHITECTURES)
     if (
         isinstance(lateral_scale, bool)
         or not isinstance(lateral_scale, int | float)
@@ -131,8 +131,8 @@ def make_progressive(
     if isinstance(evaluation_seed, bool) or not isinstance(evaluation_seed, int) or evaluation_seed < 0:
         raise ValueError(f"evaluation_seed: expected a whole number from 0, got {evaluation_seed!r}")
     _check_config(config)
-    for line in ignored_settings(config):
-        logger.warning(line)
+    for key, why in ignored_settings(config).items():
+        logger.warning(f"config.{key}: {why}")
 
     for name in ("env_to_module_connector", "module_to_env_connector"):
         if evaluation_episodes and getattr(config, f"_{name}") is not None:
@@ -168,7 +168,7 @@ def make_progressive(
             f"config: num_aggregator_actors_per_learner ({config.num_aggregator_actors_per_learner}) must be 0 with "
             "LSTM columns: AggregatorActors know the first column alone, and so not the length of the states"
         )
-    source = _source_store(columns_from)
+    source = source_store(columns_from)
     if source is not None and network is not None:
         shared = source.manifest.network
         if shared.observation_shape != network.given_observation_shape or shared.num_outputs != network.num_outputs:
@@ -274,36 +274,37 @@ def _check_config(config: AlgorithmConfig) -> None:
         raise ValueError("config: no environment; call `config.environment('rllib_pnn/PongSoup-v0')` first")
 
 
-def ignored_settings(config: AlgorithmConfig) -> list[str]:
-    """A line for each setting that a progressive network does not read: those of RLlib's own networks and `num_gpus`.
+def ignored_settings(config: AlgorithmConfig, *, progressive: bool = True) -> dict[str, str]:
+    """Why, of each setting that RLlib's new API stack, or a progressive network, does not read.
 
     `rllib train` refuses them; `make_progressive` warns, since a pipeline that it is put into has them for other uses.
     """
-    found = []
-    if config.num_gpus and config.num_gpus != type(config)().num_gpus:  # IMPALA's own is 1
-        found.append(f"config.num_gpus: {OLD_GPUS}")
-    given = config._model_config
-    given = given if isinstance(given, Mapping) else dataclasses.asdict(given)
-    usual = dataclasses.asdict(DefaultModelConfig())
+    found = {}
+    if config.num_gpus != type(config)().num_gpus:  # IMPALA's own is 1
+        found["num_gpus"] = OLD_GPUS
+    instead = "the new API stack reads `model_config`"
+    networks = [("model", config.model, MODEL_DEFAULTS, "vf_share_layers")]
+    if progressive:
+        instead = (
+            "`progressive.column` (`column` of make_progressive) says what the network is; model_config's max_seq_len "
+            "alone is read"
+        )
+        given = config._model_config
+        given = given if isinstance(given, Mapping) else dataclasses.asdict(given)
+        networks.append(("model_config", given, dataclasses.asdict(DefaultModelConfig()), "max_seq_len"))
     # RLlib itself sets what begins with "_", and PPO vf_share_layers.
-    for name, settings, defaults, fine in (
-        ("model", config.model, MODEL_DEFAULTS, "vf_share_layers"),
-        ("model_config", given, usual, "max_seq_len"),
-    ):
+    for name, settings, usual, fine in networks:
         other = [
             key
             for key, value in settings.items()
-            if key != fine and not key.startswith("_") and (key not in defaults or defaults[key] != value)
+            if key != fine and not key.startswith("_") and (key not in usual or usual[key] != value)
         ]
         if other:
-            found.append(
-                f"config.{name}: {', '.join(other)} would be ignored: `progressive.column` (`column` of "
-                "make_progressive) says what the network is; model_config's max_seq_len alone is read"
-            )
+            found[name] = f"{', '.join(other)} would be ignored: {instead}"
     return found
 
 
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         mend = did_you_mean(value, choices)
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{mend}")
@@ -369,7 +370,7 @@ def _typical_pixel(env: Any, space: gym.Space, num_steps: int = 32) -> float:
     return float(np.median(np.stack(frames))) / 255
 
 
-def _source_store(path: str | os.PathLike[str] | None) -> ColumnStore | None:
+def source_store(path: str | os.PathLike[str] | None) -> ColumnStore | None:
     """The store that a path names, verified. Raises `ValueError`."""
     if path is None:
         return None

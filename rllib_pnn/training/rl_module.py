@@ -245,7 +245,7 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         for column in self.network.columns:
             reference = self._references.get(column.fingerprint) if inference_only and column.fingerprint else None
             if reference is None:
-                columns.append(_column_state(column))
+                columns.append(column_state(column))
             else:
                 columns.append({"fingerprint": column.fingerprint, "reference": reference})
         return {"progress": dict(self.progress), "columns": columns}
@@ -327,7 +327,7 @@ def _parameters(column: Column) -> dict[str, np.ndarray]:
     return {name: p.detach().cpu().numpy() for name, p in column.named_parameters()}
 
 
-def _column_state(column: Column) -> dict[str, Any]:
+def column_state(column: Column) -> dict[str, Any]:
     return {
         "fingerprint": column.fingerprint,
         "trains": column.trains,
