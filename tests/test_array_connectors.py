@@ -23,6 +23,7 @@ from scripted_env import LinearModule, config_for
 from rllib_pnn.training import array_connectors
 from rllib_pnn.training.array_connectors import (
     AddFrozenFeatures,
+    ArrayGeneralAdvantageEstimation,
     ArrayLearnerMixin,
     BatchEpisodes,
     frozen_features,
@@ -50,6 +51,32 @@ class FeaturesModule(LinearModule):
     def _forward_train(self, batch, **kwargs):
         torch.testing.assert_close(batch["sources/a"], self._flat(batch) * 3)
         return super()._forward_train(batch, **kwargs)
+
+
+class LaidOutModule(LinearModule):
+    """Trains on another memory layout than it evaluates on without gradients."""
+
+    phases: list[str] = []
+
+    def training_layout(self, obs):
+        return obs.contiguous(memory_format=torch.channels_last)
+
+    def frozen_features(self, batch):
+        return self._note("features", batch, trains=False)
+
+    def compute_values(self, batch, embeddings=None):
+        self._note("values", batch, trains=torch.is_grad_enabled())
+        return super().compute_values(batch)
+
+    def _forward_train(self, batch, **kwargs):
+        self._note("train", batch, trains=True)
+        return super()._forward_train(batch, **kwargs)
+
+    def _note(self, phase, batch, *, trains):
+        layout = torch.channels_last if trains else torch.contiguous_format
+        assert batch[Columns.OBS].is_contiguous(memory_format=layout), phase
+        LaidOutModule.phases.append(phase)
+        return {}
 
 
 class RewardsOfOne(ConnectorV2):
@@ -262,6 +289,16 @@ def test_frozen_features_once_per_observation(monkeypatch):
     assert FeaturesModule.evaluated == sum(len(e) + 1 for e in episodes)
 
 
+def test_observations_are_laid_out_for_training_alone():
+    spec = RLModuleSpec(module_class=LaidOutModule, model_config={})
+    config = use_array_pipeline(config_for({"observation": "image"}).rl_module(rl_module_spec=spec))
+    LaidOutModule.phases = []
+    learner_of(config).update(
+        episodes=sample_episodes(config), timesteps={}, num_epochs=2, minibatch_size=16, shuffle_batch_per_epoch=True
+    )
+    assert LaidOutModule.phases[:2] == ["features", "values"] and "train" in LaidOutModule.phases
+
+
 def test_frozen_features_of_batches_from_aggregator_actors():
     config = features_config(IMPALAConfig).learners(num_aggregator_actors_per_learner=1).training(num_epochs=2)
     use_array_pipeline(config)
@@ -305,7 +342,8 @@ def test_threads_of_a_learner_that_shares_the_machine(monkeypatch):
 
 def test_settings_are_read_when_the_learner_is_built():
     config = use_array_pipeline(config_for()).training(gamma=0.5, lambda_=0.1)
-    gae = learner_of(config)._learner_connector.connectors[-1]
+    pieces = learner_of(config)._learner_connector.connectors
+    (gae,) = [p for p in pieces if isinstance(p, ArrayGeneralAdvantageEstimation)]
     assert (gae.gamma, gae.lambda_) == (0.5, 0.1)
 
 

@@ -151,6 +151,19 @@ def test_features_are_what_the_forward_pass_uses():
     assert not torch.equal(changed, module.forward_inference(batch())[Columns.ACTION_DIST_INPUTS])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_training_layout_moves_pixels_and_changes_none(dtype):
+    obs = torch.randint(0, 256, (3, 4, 6, 5), generator=torch.Generator().manual_seed(0)).to(dtype)
+    module = ProgressiveRLModule(
+        observation_space=gym.spaces.Box(0, 255, (4, 6, 5), np.uint8),
+        action_space=DISCRETE,
+        model_config={MODEL_CONFIG_KEY: {"column": SMALL}},
+    )
+    laid_out = module.training_layout(obs)
+    assert laid_out.dtype == dtype and laid_out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(laid_out, obs)
+
+
 def test_a_first_column_has_no_features():
     assert make().frozen_features(batch()) == {}
 

@@ -342,12 +342,14 @@ class ArrayLearnerMixin(Learner):
             return
         self._learner_connector.append(NumpyToTensor(as_learner_connector=True, device=self._device))
         if self._uses_rows_repeatedly:
-            self._learner_connector.append(LayOutObservations())
             self._learner_connector.append(AddFrozenFeatures())
         if isinstance(self.config, PPOConfig):
             self._learner_connector.append(
                 ArrayGeneralAdvantageEstimation(gamma=self.config.gamma, lambda_=self.config.lambda_)
             )
+        if self._uses_rows_repeatedly:
+            # Last: what is computed once, without gradients, is computed on the layout that observations come in.
+            self._learner_connector.append(LayOutObservations())
 
     @property
     def _uses_rows_repeatedly(self) -> bool:

@@ -185,6 +185,8 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         """
         if obs.dim() != 4 or self.network.channels_last_input:
             return obs
+        if obs.dtype == torch.uint8:
+            return torch.stack(obs.unbind(1), dim=-1).permute(0, 3, 1, 2)  # twice as fast as `contiguous`
         return obs.contiguous(memory_format=torch.channels_last)
 
     def _evaluate(self, batch: Mapping[str, Any]) -> ColumnOutput:
