@@ -1,6 +1,6 @@
 """Runs all benchmarks one after the other and writes docs/performance.md's tables and the figures behind them.
 
-    python benchmarks/bench.py [--quick] [--only growth a3c rllib afs labyrinth]      (or: make bench)
+    python benchmarks/bench.py [--quick] [--only growth a3c a3c_columns rllib afs labyrinth]      (or: make bench)
 
 Every benchmark is a script of its own in this folder and can be run alone. Raw figures go to docs/results/bench/*.json
 with the command; the tables of docs/performance.md stand between `<!-- NAME -->` and `<!-- /NAME -->` and are written
@@ -74,6 +74,16 @@ def a3c_table(report: dict[str, Any]) -> str:
     return table(["contestant", "env-steps/s", "us of processor time per env-step", "A3C over it"], rows)
 
 
+def a3c_columns_table(report: dict[str, Any]) -> str:
+    parts = list(dict.fromkeys(figure["part"] for figure in report["figures"]))
+    medians = {(f["part"], f["columns"]): statistics.median(f["us"]) for f in report["figures"]}
+    rows = []
+    for k, rate in report["rates"].items():
+        rows.append([k, *[f"{medians[part, int(k)]:,.0f} us" for part in parts]])
+        rows[-1].append(f"{rate['median']:.2f} ({rate['low']:.2f}-{rate['high']:.2f})")
+    return table(["K", *[f"`{part}`" for part in parts], "rate of K = 1 (quartiles)"], rows)
+
+
 def rllib_table(report: dict[str, Any]) -> str:
     rows = []
     for algorithm, variants in report["summary"].items():
@@ -109,6 +119,11 @@ BENCHMARKS: dict[str, tuple[list[str], list[str], Callable[[dict[str, Any]], str
         ["a3c_throughput.py", "--rounds", "5", "--seconds", "20", "--rollout", "8"],
         ["a3c_throughput.py", "--rounds", "3", "--seconds", "10", "--rollout", "8"],
         a3c_table,
+    ),
+    "a3c_columns": (
+        ["a3c_columns.py", "--rollouts", "120"],
+        ["a3c_columns.py", "--rollouts", "40"],
+        a3c_columns_table,
     ),
     "rllib": (
         ["rllib_throughput.py", "--repeats", "5", "--seconds", "30"],

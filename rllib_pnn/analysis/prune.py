@@ -247,12 +247,12 @@ def _recorded(laterals: Mapping[str, Lateral]) -> Iterator[dict[tuple[str, bool]
     def record(key: str, lateral: Lateral) -> None:
         project = lateral.project
 
-        def recording(sources: Tensor) -> Tensor:
+        def recording(sources: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
             features = sources if isinstance(lateral.out, nn.Conv2d) else sources.flatten(1)
             leaf = seen[key, True] = features.detach().requires_grad_(torch.is_grad_enabled())
             if not isinstance(lateral, Adapter):
                 return leaf
-            seen[key, False] = project(leaf)
+            seen[key, False] = project(leaf, layout)
             return seen[key, False]
 
         # An attribute of the instance comes before the method of its class.

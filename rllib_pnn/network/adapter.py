@@ -17,8 +17,9 @@ order of a column's own, its formula R^{n_{i-1} x n_{i-1}^{<k}}. They differ mos
 maps (588 to 256 in the `atari` column): n_{i-1} would make V alone more than twice a whole column a source. Heads have
 too few outputs to be a width: there it is n_{i-1}.
 
-Both end in a linear map U, so they share one interface: `project(sources)` gives what U reads. An LSTM layer takes
-that into its own input weights (U then has one row block a gate), every other layer calls the lateral itself.
+Both end in a linear map U, so they share one interface: `project(sources, layout)` gives what U reads, maps laid out in
+memory as `layout` says. An LSTM layer takes that into its own input weights (U then has one row block a gate), every
+other layer calls the lateral itself.
 
 Departure from the paper's text, which omits biases: V has one, U has none (the layer's own bias serves).
 """
@@ -48,14 +49,14 @@ class LinearLateral(nn.Module):
         self.out = out
         self.projected_width = sum(source_widths)
 
-    def project(self, sources: Tensor) -> Tensor:
+    def project(self, sources: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
         """(B, sum of source widths, ...) unchanged (flattened for a dense U): eq. 1 has no V."""
-        return sources if isinstance(self.out, nn.Conv2d) else sources.flatten(1)
+        return sources.contiguous(memory_format=layout) if isinstance(self.out, nn.Conv2d) else sources.flatten(1)
 
     def forward(self, sources: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
         """What is added to the layer's pre-activation; `layout` is that of the layer's own input."""
         assert self.out is not None
-        return self.out(self.project(sources).contiguous(memory_format=layout))
+        return self.out(self.project(sources, layout))
 
 
 class ScaledProduct(torch.autograd.Function):
@@ -142,7 +143,7 @@ class Adapter(nn.Module):
             return self.scale.repeat_interleave(self._widths[0])
         return torch.cat([self.scale[j].expand(width) for j, width in enumerate(self._widths)])
 
-    def project(self, sources: Tensor) -> Tensor:
+    def project(self, sources: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
         """g(V(alpha * h)): (B, sum of source widths, ...) -> (B, width, ...)."""
         layer = self.project_layer
         if not self.convolutional:
@@ -154,13 +155,17 @@ class Adapter(nn.Module):
         # and as the first maps of a wider tensor. alpha * V are a few numbers, alpha * h a pass over all maps.
         weight = layer.weight.flatten(1) * self.feature_scale()
         bias: Tensor = layer.bias  # type: ignore[assignment]  # made with one
-        products = torch.baddbmm(bias.view(1, -1, 1), weight.expand(len(sources), -1, -1), sources.flatten(2))
-        return products.unflatten(2, sources.shape[2:]).relu_()
+        maps, size = sources.flatten(2), sources.shape[2:]
+        if layout == torch.channels_last:  # the transposed product lies so by itself, as do the gradients through it
+            products = torch.baddbmm(bias, maps.transpose(1, 2), weight.t().expand(len(maps), -1, -1)).relu_()
+            return products.unflatten(1, size).permute(0, 3, 1, 2)
+        products = torch.baddbmm(bias.view(1, -1, 1), weight.expand(len(maps), -1, -1), maps).relu_()
+        return products.unflatten(2, size)
 
     def forward(self, sources: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
         """What is added to the layer's pre-activation; `layout` is that of the layer's own input."""
         assert self.out is not None
-        return self.out(self.project(sources).contiguous(memory_format=layout))
+        return self.out(self.project(sources, layout))
 
 
 Lateral = LinearLateral | Adapter
