@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.resources
+import json
 import math
 import os
 import signal
@@ -77,6 +78,7 @@ RunArgument = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="A run folder, as `rllib train` printed it, or a store.", show_default=False),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON, with every episode's return, instead of a table.")]
 
 
 @app.command()
@@ -160,6 +162,7 @@ def evaluate(
     deterministic: Annotated[
         bool, typer.Option(help="The most probable action rather than a sample of the policy.")
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Play the stored columns, every column on its own task (or any column on any task).
 
@@ -179,7 +182,7 @@ def evaluate(
     if task == "auto":
         if column is not None:
             raise InputError(f"--column {column}: --task auto chooses the column itself; leave one of them out")
-        return _evaluate_auto(stored, episodes, seed, deterministic)
+        return _evaluate_auto(stored, episodes, seed, deterministic, as_json)
     if task != "all" and task not in tasks:
         mend = did_you_mean(task, [*tasks, "auto"])
         raise InputError(f"--task {task}: no such task, the run has {', '.join(tasks)}{mend}")
@@ -193,8 +196,9 @@ def evaluate(
     network = store.load()
     register()
 
-    console = _console()
+    console = _console(stderr=as_json)
     table = _table("task", "column", "episodes", "return", "+-", "shortest", "longest", "at freezing")
+    results = []
     for name in chosen:
         index = own[name] if column is None else column % len(entries)
         env, env_config = tasks[name]
@@ -222,18 +226,40 @@ def evaluate(
             str(max(played.lengths)),
             "-" if score is None else f"{score:.2f}",
         )
-    console.print(table)
+        results.append(
+            {
+                "task": name,
+                "column": index,
+                "fingerprint": entries[index].fingerprint,
+                "return_mean": played.episode_return_mean,
+                "return_std": spread,
+                "returns": played.returns,
+                "lengths": played.lengths,
+                "return_at_freezing": score,
+            }
+        )
+    if as_json:
+        _print_json({"store": str(store.path), "seed": seed, "deterministic": deterministic, "results": results})
+    else:
+        console.print(table)
 
 
 @app.command()
-def columns(run: RunArgument) -> None:
+def columns(
+    run: RunArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON: all that the manifest says.")] = False,
+) -> None:
     """List the stored columns and verify that each is what was frozen."""
     console = _console()
+    found = []
     for folder, store in _stores(run):
         entries = store.entries
         store.verify()
         if not entries:
             raise InputError(f"{folder}: no column is frozen yet")
+        if as_json:
+            found.append({"store": str(store.path), "columns": [entry.model_dump(mode="json") for entry in entries]})
+            continue
         console.print(f"{store.path}: {len(entries)} columns, fingerprints verified", soft_wrap=True)
         table = _table("column", "task", "steps", "return at freezing", "environment", "fingerprint")
         for index, entry in enumerate(entries):
@@ -246,6 +272,8 @@ def columns(run: RunArgument) -> None:
                 entry.fingerprint[:12],
             )
         console.print(table)
+    if as_json:
+        _print_json({"verified": True, "stores": found})
 
 
 @app.command()
@@ -556,9 +584,14 @@ def _stored(home: Path) -> _Stored:
     )
 
 
-def _console() -> Console:
-    """Standard output; wide lines where no terminal limits them."""
-    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+def _console(*, stderr: bool = False) -> Console:
+    """Standard output, or what is said beside a document that goes there; wide lines where no terminal limits them."""
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else 200
+    return Console(highlight=False, markup=False, emoji=False, width=width, stderr=stderr)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2))
 
 
 class _PlainTable(Table):
@@ -579,7 +612,7 @@ def _table(*headers: str) -> Table:
     return table
 
 
-def _evaluate_auto(stored: _Stored, episodes: int, seed: int, deterministic: bool) -> None:
+def _evaluate_auto(stored: _Stored, episodes: int, seed: int, deterministic: bool, as_json: bool) -> None:
     """Every task is played without its name; prints which columns were chosen and how well they did."""
     import numpy as np
 
@@ -598,7 +631,7 @@ def _evaluate_auto(stored: _Stored, episodes: int, seed: int, deterministic: boo
             refuse_module(f"{store.path}: column {k}", str(entries[k].env))
     if len(known) < 2:
         raise InputError(f"--task auto: {store.path} holds {len(known)} column of a known task, expected at least two")
-    console = _console()
+    console = _console(stderr=as_json)
     size = features_of(np.zeros((1, *network.given_observation_shape)), network.channels_last_input).shape[1]
     statistics: dict[str, Statistics] = {}
     for name, k in known.items():
@@ -637,6 +670,7 @@ def _evaluate_auto(stored: _Stored, episodes: int, seed: int, deterministic: boo
         raise InputError(f"{store.path}: {error}") from None
     columns, names = list(known.values()), list(known)
     confusion: dict[tuple[str, str], int] = {}
+    results = []
     table = _table("task", *(f"{name} ({k})" for name, k in known.items()), "right %", "return", "at freezing")
     for name, k in known.items():
         with _input_errors(), console.status(f"{name}: {episodes} episodes"):
@@ -662,12 +696,28 @@ def _evaluate_auto(stored: _Stored, episodes: int, seed: int, deterministic: boo
             f"{played.episode_return_mean:.2f}",
             "-" if score is None else f"{score:.2f}",
         )
-    console.print("episodes by task and by the column that was chosen for them:")
-    console.print(table)
+        results.append(
+            {
+                "task": name,
+                "column": k,
+                "chosen": {other: confusion.get((name, other), 0) for other in names},
+                "return_mean": played.episode_return_mean,
+                "returns": played.returns,
+                "lengths": played.lengths,
+                "return_at_freezing": score,
+            }
+        )
     right = sum(confusion.get((name, name), 0) for name in names)
     total = sum(confusion.values())
+    pairs = confused_pairs(confusion, names)
+    if as_json:
+        settings = {"store": str(store.path), "seed": seed, "deterministic": deterministic}
+        _print_json(settings | {"results": results, "right": right, "episodes": total, "confused": pairs})
+        return
+    console.print("episodes by task and by the column that was chosen for them:")
+    console.print(table)
     console.print(f"right in {right} of {total} episodes ({100 * right / total:.1f} %)")
-    for first, second in confused_pairs(confusion, names):
+    for first, second in pairs:
         console.print(f"{first} and {second} can't be told apart by their first observations")
 
 

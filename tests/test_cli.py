@@ -275,6 +275,33 @@ def test_evaluate_every_column_on_its_own_task(rllib, folder: Path) -> None:
     assert rllib("evaluate", stored, "--episodes", 3, "--seed", 1)[1] != out
 
 
+def test_evaluate_as_json_says_what_the_table_says(rllib, folder: Path) -> None:
+    stored = soup_run(folder)
+    _, table, _ = rllib("evaluate", stored, "--episodes", 3)
+    code, out, err = rllib("evaluate", stored, "--episodes", 3, "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "") and (found["seed"], found["deterministic"]) == (0, False)
+    entries = ColumnStore(stored / "columns").entries
+    for result, entry, (task, (column, mean)) in zip(found["results"], entries, _returns(table).items(), strict=True):
+        assert (result["task"], str(result["column"]), result["fingerprint"]) == (task, column, entry.fingerprint)
+        assert len(result["returns"]) == 3 and result["return_at_freezing"] == entry.score
+        assert mean == pytest.approx(sum(result["returns"]) / 3, abs=0.005) == pytest.approx(result["return_mean"])
+        assert result["lengths"] == [int(value) for value in result["returns"]]  # CartPole pays 1 a step
+
+
+def test_columns_as_json(rllib, folder: Path) -> None:
+    stored = soup_run(folder)
+    columns = json.loads((stored / "columns" / "manifest.json").read_text())["columns"]
+    code, out, err = rllib("columns", stored, "--json")
+    (found,) = json.loads(out)["stores"]
+    assert (code, err, found["store"]) == (0, "", str(stored / "columns"))
+    assert [c | given for c, given in zip(found["columns"], columns, strict=True)] == found["columns"]
+    column = stored / "columns" / columns[0]["file"]
+    column.write_bytes(column.read_bytes()[:-1] + b"x")
+    code, out, err = rllib("columns", stored, "--json")
+    assert code == 2 and out == "" and "fingerprint" in err
+
+
 def test_evaluate_any_column_on_any_task(rllib, folder: Path) -> None:
     stored = soup_run(folder)
     _, out, _ = rllib("evaluate", stored, "--task", "flipped", "--column", 0, "--episodes", 2)
@@ -291,6 +318,11 @@ def test_evaluate_without_naming_the_task(rllib, folder: Path) -> None:
     assert first.startswith("plain: ") and second.startswith("flipped: ") and second.endswith("1 are measured")
     assert re.search(r"^plain +5 +0 +100 ", out, re.M) and re.search(r"^flipped +0 +5 +100 ", out, re.M)
     assert "right in 10 of 10 episodes (100.0 %)" in out and "can't be told apart" not in out
+    code, out, err = rllib("evaluate", stored, "--task", "auto", "--episodes", 5, "--json")
+    found = json.loads(out)
+    assert code == 0 and err.startswith("the store says nothing") and (found["right"], found["episodes"]) == (10, 10)
+    assert [result["chosen"] for result in found["results"]] == [{"plain": 5, "flipped": 0}, {"plain": 0, "flipped": 5}]
+    assert found["confused"] == []
 
 
 def test_what_takes_long_is_announced_before(
