@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--spec", default="atari", help="a preset for images without LSTM (default: atari)")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--repeat-ms", type=float, default=4.0, help="least time a case and round (default: 4)")
-    parser.add_argument("--env-us", type=float, default=530.0, help="an env's step, for the A3C ratio (default: 530, Pong)")
+    parser.add_argument("--env-us", type=float, default=530.0, help="an env step, for A3C (default: 530, Pong)")
     parser.add_argument("--output", type=Path, help="JSON with every round's figures")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
