@@ -6,7 +6,10 @@ Of every finished trial `OUT/runs/TRIAL` keeps `experiment.json`, the columns of
 and its sensitivities, of a source its column store, too: a copy of `OUT/runs` under `runs/` goes on where it stood, and
 its trials start from the very same column. `trials.csv`
 has a row a trial: steps, minutes of training, mean return of the last tenth of its curve, and the fingerprints of the
-column it started from and of its own. `curves.csv` has the learning curves, 50 points each.
+column it started from and of its own. `curves.csv` has the learning curves, 50 points each, `curves.png` shows them.
+
+Tables are written anew between marks: in `OUT/README.md` `<!-- scores -->` and `<!-- trials -->`, with the seeds that
+are finished, and in the page given by `--readme` `<!-- table -->`, with the targets that are whole.
 """
 
 from __future__ import annotations
@@ -14,13 +17,16 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rllib_pnn.analysis.analyze import ANALYSIS_FOLDER
+from rllib_pnn.analysis.report import write_report
 from rllib_pnn.analysis.runs import Run, read_run
 from rllib_pnn.analysis.transfer import step_grid, task_curve
 
@@ -77,10 +83,88 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+# The paper's order (Table 1, Pong Soup) and names.
+ROWS = {
+    "finetune_heads": "B2, fine-tune heads",
+    "scratch": "B1, scratch",
+    "random_column": "B4, random column",
+    "finetune_all": "B3, fine-tune all",
+    "progressive_2": "progressive, 2 columns",
+}
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
+
+
+def targets_of(runs: list[str], finished: set[tuple[str, str, int]]) -> tuple[list[str], list[str]]:
+    """Targets of a plan's trials, in its order: those with a finished trial of theirs, and those with all of them."""
+    pattern = re.compile(rf"(?:.+_to_)?(.+)_({'|'.join(map(_short, ROWS))})_seed_(\d+)")
+    names = [pattern.fullmatch(run) for run in runs]
+    wanted = [(match[1], match[2], int(match[3])) for match in names if match]
+    have = {(target, _short(method), seed) for target, method, seed in finished}
+    targets = list(dict.fromkeys(target for target, _, _ in wanted))
+    begun = [t for t in targets if any(cell in have for cell in wanted if cell[0] == t)]
+    return begun, [t for t in begun if all(cell in have for cell in wanted if cell[0] == t)]
+
+
+def _short(method: str) -> str:
+    """As it stands in a trial's name."""
+    return "progressive" if method.startswith("progressive") else method
+
+
+def score_table(table: dict[str, Any], targets: list[str]) -> str:
+    """Scores by architecture and target as `mean (each seed)`; the mean over targets where all are there."""
+    rows = []
+    for method, title in ROWS.items():
+        row = next((row for row in table["rows"] if row["method"] == method), None)
+        cells = {cell["target"]: cell["seed_scores"] for cell in row["cells"]} if row else {}
+        found = [cells[target] for target in targets if target in cells]
+        means = [np.mean(values) for values in found]
+        paper = row["paper_mean_median"] if row else ("", "")
+        ours = f"**{np.mean(means):.0f}** ({np.median(means):.0f})" if found and len(found) == len(targets) else ""
+        texts = [
+            f"**{np.mean(cells[target]):.0f}** ({', '.join(f'{v:.0f}' for v in cells[target])})"
+            if target in cells
+            else ""
+            for target in targets
+        ]
+        rows.append([title, f"{paper[0]} ({paper[1]})" if row else "", ours, *texts])
+    head = ["percent of scratch", "paper: mean (median)", "ours: mean (median)", *(f"`{t}` (seeds)" for t in targets)]
+    return markdown(head, rows)
+
+
+def trial_table(trials: list[dict[str, Any]], curves: list[dict[str, Any]], targets: list[str]) -> str:
+    """What each cell's trials did, a figure a seed."""
+    rows = []
+    for method, title in ROWS.items():
+        cells = [title]
+        for target in targets:
+            found = [t for t in trials if (t["target"], t["architecture"]) == (target, method)]
+            returns = [c["episode_return_mean"] for c in curves if (c["target"], c["architecture"]) == (target, method)]
+            last = ", ".join(f"{t['last_tenth']:.1f}" for t in found)
+            minutes = ", ".join(f"{t['minutes']:.0f}" for t in found)
+            cells.append(f"{np.mean(returns):.1f}; {last}; {minutes}" if found else "")
+        rows.append(cells)
+    return markdown(["return: mean; last tenth of each seed; minutes", *(f"`{t}`" for t in targets)], rows)
+
+
+def replace(page: Path, name: str, text: str) -> None:
+    """Puts `text` between the page's two marks."""
+    before = page.read_text()
+    after, count = re.subn(
+        rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{text}\n{m[2]}", before, flags=re.DOTALL
+    )
+    if count != 1:
+        raise SystemExit(f"{page}: expected one place between <!-- {name} --> and <!-- /{name} -->, found {count}")
+    page.write_text(after)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path, help="the folder of its trials")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--readme", type=Path, help="a page that shows the scores, too")
     args = parser.parse_args()
     trials, curves = [], []
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
@@ -95,6 +179,15 @@ def main() -> None:
             curves += curve
     write(args.out / "trials.csv", trials)
     write(args.out / "curves.csv", curves)
+    with tempfile.TemporaryDirectory() as folder:
+        write_report([args.out / "runs"], Path(folder) / "report.html")
+        (table,) = json.loads((Path(folder) / "report.json").read_text())["tables"]
+        shutil.copy(Path(folder) / "report_files" / "pong_soup_learning_curves.png", args.out / "curves.png")
+    begun, whole = targets_of(plan["runs"], {(t["target"], t["architecture"], t["seed"]) for t in trials})
+    replace(args.out / "README.md", "scores", score_table(table, begun))
+    replace(args.out / "README.md", "trials", trial_table(trials, curves, begun))
+    if args.readme:
+        replace(args.readme, "table", score_table(table, whole))
 
 
 if __name__ == "__main__":
