@@ -8,8 +8,9 @@ its trials start from the very same column. `trials.csv`
 has a row a trial: steps, minutes of training, mean return of the last tenth of its curve, and the fingerprints of the
 column it started from and of its own. `curves.csv` has the learning curves, 50 points each, `curves.png` shows them.
 
-Tables are written anew between marks: in `OUT/README.md` `<!-- scores -->` and `<!-- trials -->`, with the seeds that
-are finished, and in the page given by `--readme` `<!-- table -->`, with the targets that are whole.
+Tables are written anew between marks: in `OUT/README.md` `<!-- scores -->`, `<!-- budgets -->`, `<!-- trials -->`
+and `<!-- afs -->`, with the seeds that are finished, `<!-- laterals -->`, of the `OUT/laterals.json` that
+`benchmarks/laterals.py` wrote, and in the page given by `--readme` `<!-- table -->`, with the targets that are whole.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+FLOOR = -21.0  # the lowest return of Pong: where areas begin
 # The paper's order (Table 1, Pong Soup) and names.
 ROWS = {
     "finetune_heads": "B2, fine-tune heads",
@@ -149,6 +151,71 @@ def trial_table(trials: list[dict[str, Any]], curves: list[dict[str, Any]], targ
     return markdown(["return: mean; last tenth of each seed; minutes", *(f"`{t}`" for t in targets)], rows)
 
 
+def budget_table(curves: list[dict[str, Any]], targets: list[str], floor: float) -> str:
+    """What the scores would be, had training ended sooner, and with the areas of all targets added before dividing."""
+    grid = sorted({row["env_steps"] for row in curves if row["architecture"] != "source"})
+    budgets = [grid[len(grid) * part // 4 - 1] for part in (2, 3, 4)]
+    area = {
+        (budget, target, method): float(
+            np.mean(
+                [
+                    row["episode_return_mean"] - floor
+                    for row in curves
+                    if (row["target"], row["architecture"]) == (target, method) and row["env_steps"] <= budget
+                ]
+                or [np.nan]
+            )
+        )
+        for budget in budgets
+        for target in targets
+        for method in ROWS
+    }
+
+    def scores(budget: int, method: str) -> list[float]:
+        return [100 * area[budget, target, method] / area[budget, target, "scratch"] for target in targets]
+
+    rows = []
+    for method, title in ROWS.items():
+        cells = [f"{np.mean(s):.0f} ({np.median(s):.0f})" for s in (scores(budget, method) for budget in budgets)]
+        ours, scratch = (sum(area[budgets[-1], target, m] for target in targets) for m in (method, "scratch"))
+        rows.append([title, *cells, f"{100 * ours / scratch:.0f}"])
+    head = [f"mean (median) at {budget // 1000:,}k steps" for budget in budgets]
+    return markdown(["percent of scratch", *head, "areas added up"], rows)
+
+
+def afs_table(runs: Path, targets: list[str]) -> str:
+    """The source column's share of the average Fisher sensitivity of every layer, a figure a seed."""
+    rows, layers = [], ["layer"]
+    for target in targets:
+        found = [
+            json.loads(path.read_text())
+            for path in sorted(runs.glob(f"*_to_{target}_progressive_seed_*/{ANALYSIS_FOLDER}/column_001/afs.json"))
+        ]
+        if found:
+            layers = found[0]["layers"]
+            shares = zip(*([values[0] for values in entry["values"]] for entry in found), strict=True)
+            rows.append([f"`{target}`", *(", ".join(f"{v:.2f}" for v in layer) for layer in shares)])
+    return markdown(["source column's share of AFS", *layers], rows)
+
+
+def laterals_table(entries: list[dict[str, Any]]) -> str:
+    """What the lateral adds to a layer, over the layer's own share, and alpha, of each seed."""
+    found: dict[tuple[str, str], list[dict[str, dict[str, Any]]]] = {}
+    for entry in entries:
+        kind = "random column" if "random_column" in entry["store"] else "progressive"
+        found.setdefault((entry["task"], kind), []).append({layer["layer"]: layer for layer in entry["trained"]})
+    layers = ["2", "3", "4", "policy"]
+
+    def cell(layer: dict[str, Any]) -> str:
+        return f"{layer['lateral'] / layer['own']:.2f} ({np.mean(layer['alpha']):.2f})"
+
+    rows = [
+        [f"`{task}`, {kind}", *(", ".join(cell(seed[layer]) for seed in seeds) for layer in layers)]
+        for (task, kind), seeds in found.items()
+    ]
+    return markdown(["lateral / own (alpha)", "2: conv", "3: conv", "4: dense", "policy"], rows)
+
+
 def replace(page: Path, name: str, text: str) -> None:
     """Puts `text` between the page's two marks."""
     before = page.read_text()
@@ -186,6 +253,10 @@ def main() -> None:
     begun, whole = targets_of(plan["runs"], {(t["target"], t["architecture"], t["seed"]) for t in trials})
     replace(args.out / "README.md", "scores", score_table(table, begun))
     replace(args.out / "README.md", "trials", trial_table(trials, curves, begun))
+    replace(args.out / "README.md", "budgets", budget_table(curves, whole, FLOOR))
+    replace(args.out / "README.md", "afs", afs_table(args.out / "runs", begun))
+    laterals = args.out / "laterals.json"
+    replace(args.out / "README.md", "laterals", laterals_table(json.loads(laterals.read_text())))
     if args.readme:
         replace(args.readme, "table", score_table(table, whole))
 
