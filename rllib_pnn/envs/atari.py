@@ -51,8 +51,9 @@ _SEED_RANGE = 2**31  # ale_py takes seeds as C ints
 class AtariGameVectorEnv(VectorEnv):
     """A batch of N copies of one Atari game, stepped by ale_py's threads: `rllib_pnn/Atari-v0`.
 
-    Observations are uint8 `(N, S, 84, 84)`, new arrays at every call. Frames from before an episode's start
-    are 0. Env i of a batch that was reset with seed s plays what `AtariGameEnv` plays with seed s + i.
+    Observations are uint8 `(N, S, 84, 84)`, new arrays at every call. In place of frames from before an episode's
+    start stands its first one. (ale_py has black ones there, which to a network that takes a task's background for 0
+    are brighter than anything in the game.) Env i of a batch that was reset with seed s plays what `AtariGameEnv` plays with seed s + i.
 
     Autoreset is NEXT_STEP: the step after the last one of an episode ignores its action, returns the first
     observation of the next episode and reward 0, and is no transition to learn from.
@@ -170,8 +171,8 @@ class AtariGameVectorEnv(VectorEnv):
         frames, _ = emulator.reset(seed=self._emulator_seeds(seed))
         self._ended[:] = False
         self._scores[:] = 0.0
-        self._stacks = np.zeros((self.num_envs, self._stack_size, FRAME_SIZE, FRAME_SIZE), np.uint8)
-        self._stacks[:, -1] = self._transform(frames[:, 0])
+        # (A transform may return a view of what it was given: `repeat` copies.)
+        self._stacks = self._transform(frames[:, 0])[:, None].repeat(self._stack_size, axis=1)
         return self._stacks.copy(), {}
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -191,7 +192,7 @@ class AtariGameVectorEnv(VectorEnv):
         stacks[:, :-1] = self._stacks[:, 1:]
         stacks[:, -1] = self._transform(frames[:, 0])
         if self._ended.any():
-            stacks[self._ended, :-1] = 0
+            stacks[self._ended] = stacks[self._ended, -1:]
             self._scores[self._ended] = 0.0
         self._stacks = stacks
 
