@@ -89,7 +89,7 @@ def learner_result(result: dict[str, Any]) -> dict[str, Any]:
 def test_rmsprop_update_equals_the_equations(kind: str) -> None:
     learner = make_learner(lr=0.01, grad_clip=2.0, optimizer={"type": kind, "alpha": 0.9, "eps": 1e-3})
     theta = learner.current_weights().values.astype(np.float64)
-    average = np.zeros_like(theta)
+    average = np.full_like(theta, float(kind == "rmsprop_tf"))  # TensorFlow begins with 1, torch with 0
     for scale in (1.0, 1e-3):  # the first kind is clipped, the second is not
         for gradient in random_gradients(learner, 3, scale):
             weights = learner.apply_gradient(stamp(learner), gradient)

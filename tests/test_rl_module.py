@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+import tree
 from ray.rllib.core.columns import Columns
 
 from rllib_pnn.training.rl_module import (
@@ -164,8 +165,41 @@ def test_training_layout_moves_pixels_and_changes_none(dtype):
     assert torch.equal(laid_out, obs)
 
 
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_outputs_and_features_in_one_pass_are_those_of_two(recurrent, monkeypatch):
+    module = grow(make(column=RECURRENT), 2) if recurrent else grow(make(), 2)
+    inputs = batch()
+    if recurrent:
+        inputs = {Columns.OBS: torch.randn(4, 1, 5), Columns.STATE_IN: {k: torch.randn(4, 18) for k in ("h", "c")}}
+    with torch.no_grad():
+        features = module.frozen_features(inputs)
+        expected = module.forward_exploration({**inputs, **features})
+        passes = []
+        for column in module.network.columns:
+            column.register_forward_hook(lambda *_: passes.append(1))
+        outputs, found = module.forward_with_features(inputs, t=0)
+    assert len(passes) == 3  # every column once
+    kept = {key: value for key, value in features.items() if key not in ("sources/h", "sources/c")}
+    assert found.keys() == kept.keys() != set()
+    assert all(torch.equal(found[key], kept[key]) for key in kept)
+    assert outputs.keys() == expected.keys()
+    tree.map_structure(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), outputs, expected)
+
+
+def test_a_subclass_with_a_forward_pass_of_its_own_still_has_features():
+    class Own(ProgressiveRLModule):
+        def _forward(self, batch, **kwargs):
+            return {Columns.ACTION_DIST_INPUTS: self._evaluate(batch).logits + 1}
+
+    module = grow(make(cls=Own))
+    outputs, features = module.forward_with_features(batch())
+    assert torch.equal(outputs[Columns.ACTION_DIST_INPUTS], module.forward_exploration(batch())["action_dist_inputs"])
+    assert features.keys() == module.frozen_features(batch()).keys() != set()
+
+
 def test_a_first_column_has_no_features():
     assert make().frozen_features(batch()) == {}
+    assert make().forward_with_features(batch())[1] == {}
 
 
 def test_values_with_and_without_embeddings_agree():

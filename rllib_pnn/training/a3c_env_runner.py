@@ -191,7 +191,8 @@ class A3CEnvRunner(SingleAgentEnvRunner):
 
     Works with any TorchRLModule that has `ValueFunctionAPI`. A module that also has
     `frozen_features(batch) -> dict[str, Tensor]` gets them computed once per observation; they are passed back under
-    the same keys in every batch that holds this observation.
+    the same keys in every batch that holds this observation. With `forward_with_features(batch, t=...)` it may give
+    them along with the outputs of `forward_exploration`, in one pass.
     """
 
     # RLlib declares these as optional or by their bases; they are set before use.
@@ -405,11 +406,8 @@ class A3CEnvRunner(SingleAgentEnvRunner):
 
         for t in range(length):
             obs[t].copy_(torch.from_numpy(self._obs))
-            batch = self._make_batch(obs[t], self._state)
-            batch_features = self._frozen_features(batch)
-            features.append(self._per_step(batch_features, recurrent))
-            batch.update(batch_features)
-            out = module.forward_exploration(batch, t=self.num_env_steps_sampled_lifetime)
+            out, step_features = self._act(self._make_batch(obs[t], self._state))
+            features.append(step_features)
             logits = out[Columns.ACTION_DIST_INPUTS]
             action = distribution.from_logits(logits.squeeze(1) if recurrent else logits).sample()
             actions.append(action)
@@ -585,10 +583,20 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             return {Columns.OBS: obs}
         return {Columns.OBS: obs.unsqueeze(1), Columns.STATE_IN: state}
 
+    def _act(self, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The module's outputs for one time step and its frozen features, (B, ...), to be kept for the gradient.
+
+        Features of the last rollout's last step are not computed again.
+        """
+        module, steps, recurrent = self.module, self.num_env_steps_sampled_lifetime, self._state is not None
+        if self._last_features is None and hasattr(module, "forward_with_features"):
+            out, features = module.forward_with_features(batch, t=steps)
+        else:
+            features = self._frozen_features(batch) if self._last_features is None else self._last_features
+            out = module.forward_exploration({**batch, **features}, t=steps)
+        return out, self._per_step(features, recurrent)
+
     def _frozen_features(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The module's features of one time step; those of the last rollout's last step are not computed again."""
-        if self._last_features is not None:
-            return self._last_features
         return dict(self.module.frozen_features(batch)) if hasattr(self.module, "frozen_features") else {}
 
     @staticmethod
@@ -690,7 +698,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         self.module.eval()
         batch = self._make_batch(obs, state)
         if features is None:
-            features = self.module.frozen_features(batch) if hasattr(self.module, "frozen_features") else {}
+            features = self._frozen_features(batch)
         batch.update(features)
         return self.module.compute_values(batch).reshape(len(obs)).cpu().numpy()
 

@@ -200,13 +200,31 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
             output = output._replace(state=moved)
         return output
 
+    def forward_with_features(self, batch: dict[str, Any], **kwargs: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """`forward_exploration` and `frozen_features` of one time step in one pass, which is less work than two.
+
+        Returns:
+            The outputs, and the features that a later training batch takes: those of `frozen_features` without the
+            LSTM state, which has moved in the outputs.
+        """
+        output = self.forward_exploration(batch, with_features=True, **kwargs)
+        features = {key: output.pop(key) for key in self._source_keys.values() if key in output}
+        if len(features) < len(self._source_keys):  # a subclass with a forward pass of its own
+            return output, self.frozen_features(batch)
+        return output, features
+
     @override(RLModule)
-    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        output = self._evaluate(batch)
+    def _forward(self, batch: dict[str, Any], with_features: bool = False, **kwargs: Any) -> dict[str, Any]:
+        sources: dict[int, Tensor] = {}
+        if with_features:
+            obs, state = batch[Columns.OBS], batch.get(Columns.STATE_IN)
+            output, sources = self.network.forward_with_sources(obs, state=state)
+        else:
+            output = self._evaluate(batch)
         result: dict[str, Any] = {Columns.ACTION_DIST_INPUTS: output.logits}
         if output.state:
             result[Columns.STATE_OUT] = output.state
-        return result
+        return result | {self._source_keys[n]: tensor for n, tensor in sources.items()}
 
     @override(RLModule)
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

@@ -11,12 +11,14 @@ from torch.optim import Optimizer
 
 
 class RMSPropTF(Optimizer):
-    """Non-centered RMSProp with epsilon **inside** the root, as in the paper and in TensorFlow:
+    """Non-centered RMSProp as in the paper, with epsilon **inside** the root, and as in TensorFlow, with g = 1 at first:
 
         g <- alpha * g + (1 - alpha) * d^2,    theta <- theta - lr * d / sqrt(g + eps)
 
-    torch's own has `sqrt(g) + eps`. The difference matters where gradients are small: at eps = 1e-5 a parameter whose
-    gradient is 1e-4 moves by lr / 30 here and by lr / 1.1 there, noise or not.
+    torch's own has `sqrt(g) + eps` and begins with g = 0. The first difference matters where gradients are small: at
+    eps = 1e-5 a parameter whose gradient is 1e-4 moves by lr / 30 here and by lr / 1.1 there, noise or not. The second
+    matters for the first 1 / (1 - alpha) updates: from g = 0 the first of them moves every parameter by lr / sqrt(1 -
+    alpha), ten times lr, which can leave a policy sure of one action; from 1 they begin small and grow.
 
     Args:
         params: as any torch optimizer's.
@@ -50,7 +52,7 @@ class RMSPropTF(Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["square_avg"] = torch.zeros_like(parameter)
+                    state["square_avg"] = torch.ones_like(parameter)
                 mean_square = state["square_avg"].mul_(alpha).addcmul_(gradient, gradient, value=1 - alpha)
                 parameter.addcdiv_(gradient, (mean_square + eps).sqrt_(), value=-float(lr))
         return loss
