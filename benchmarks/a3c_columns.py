@@ -5,8 +5,8 @@ process, one thread, an EnvRunner for each K on Pong with the `atari` column; th
 that a machine that gets slower meanwhile treats them alike (whole trainings, one after the other, differ by a quarter
 from one turn to the next: see `a3c_throughput.py`). What travels between processes is not in it.
 
-Wall time in microseconds an env-step, medians: `env` the emulator, `frozen` the earlier columns, `own` the newest
-column acting, `gradient` a rollout's gradient, `all` with everything between. `rate` is that of the first K over it.
+Wall time in microseconds an env-step, medians: `env` the emulator, `act` all columns acting, the frozen ones' activations
+kept, `gradient` a rollout's gradient, `all` with everything between. `rate` is that of the first K over it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import rllib_pnn
 from rllib_pnn.network.memory import lean_memory
 from rllib_pnn.training.a3c import A3CConfig
 
-PARTS = ("env", "frozen", "own", "gradient", "all")
+PARTS = ("env", "act", "gradient", "all")
 
 
 def make_runner(num_columns: int, envs: int, length: int) -> Any:
@@ -72,11 +72,10 @@ def main() -> None:
     runners = {k: make_runner(k, arguments.envs, arguments.rollout) for k in arguments.columns}
     for k, runner in runners.items():
         time_calls(runner, "_step_env", ("env", k))
-        time_calls(runner, "_frozen_features", ("frozen", k))
-        time_calls(runner.module, "forward_exploration", ("own", k))
+        time_calls(runner, "_act", ("act", k))
     for _ in range(arguments.rollouts):
         for k, runner in runners.items():
-            for part in ("env", "frozen", "own"):
+            for part in ("env", "act"):
                 spent[part, k].append(0.0)
             start = time.perf_counter()
             rollout = runner.collect_rollout()

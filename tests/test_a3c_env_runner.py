@@ -297,18 +297,21 @@ def test_gradient_of_a_progressive_module_with_frozen_columns(column: list[dict[
     for task_index in (1, 2):
         module.grow({**module.progress, "task_index": task_index})
     runner.set_state({COMPONENT_RL_MODULE: module.get_state(), LEARNER_STAMP: 1})
-    frozen_rows = 0
-    sources = module.network.sources
+    rows = [0, 0]  # that each frozen column computed for the EnvRunner
 
-    def count(obs: Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal frozen_rows
-        frozen_rows += len(obs)
-        return sources(obs, *args, **kwargs)
+    def count(k: int, obs: Tensor) -> None:
+        rows[k] += len(obs)
 
-    module.network.sources = count
     for rollout in range(3):
+        hooks = [
+            c.register_forward_pre_hook(lambda _, inputs, k=k: count(k, inputs[0]))
+            for k, c in enumerate(module.network.columns[:2])
+        ]
         gradient, _ = runner.rollout_gradient(runner.collect_rollout())
-        assert frozen_rows == ((rollout + 1) * LENGTH + 1) * len(SCRIPTS)
+        for hook in hooks:
+            hook.remove()
+        # The last observation's frozen activations serve the next rollout too.
+        assert rows == [((rollout + 1) * LENGTH + 1) * len(SCRIPTS)] * 2
         np.testing.assert_allclose(gradient, slow_gradient(runner, LENGTH * rollout), rtol=5e-4, atol=2e-6)
     # Frozen all over, there is nothing to compute.
     module.network.freeze()
