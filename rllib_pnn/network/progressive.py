@@ -265,17 +265,20 @@ class ProgressiveNetwork(nn.Module):
         states = self._split_state(state, time_shape)
         new_states = dict(states)
         learns = torch.is_grad_enabled() and not self.columns[k].is_frozen
+        pixels: Tensor | None = None
         if given is not None:
             sources, first = self._check_sources(given, k, time_shape or (len(obs),)), None
         else:
-            sources, first = self._compute_sources(
+            sources, first, pixels = self._compute_sources(
                 obs, k, states, new_states, time_shape, resets, transform, with_first=not learns
             )
         # Gradients of convolutions come faster on channels-last memory. Frozen columns, and a column that is only
         # asked, always see the default layout, so that freezing changes no bit of what is computed.
         layout = torch.channels_last if learns and obs.dim() == 4 else torch.contiguous_format
+        if pixels is None or layout is torch.channels_last:
+            pixels = self._to_float(obs, layout)
         logits, value, new_states[k] = self.columns[k](
-            self._to_float(obs, layout),
+            pixels,
             sources,
             states.get(k),
             time_shape=time_shape,
@@ -310,7 +313,7 @@ class ProgressiveNetwork(nn.Module):
         obs, time_shape = self._prepare(obs)
         states = self._split_state(state, time_shape)
         new_states = dict(states)
-        out, _ = self._compute_sources(obs, k, states, new_states, time_shape, resets, None, with_first=False)
+        out, _, _ = self._compute_sources(obs, k, states, new_states, time_shape, resets, None, with_first=False)
         return _with_time(out, time_shape), self._join_state(new_states)
 
     def activations(
@@ -372,15 +375,16 @@ class ProgressiveNetwork(nn.Module):
         resets: Tensor | None,
         transform: Transform | None,
         with_first: bool,
-    ) -> tuple[dict[int, Tensor], Tensor | None]:
-        """h^{<k} of every layer that column k reads, and h_1 of column k if it came along with theirs.
+    ) -> tuple[dict[int, Tensor], Tensor | None, Tensor | None]:
+        """h^{<k} of every layer that column k reads, h_1 of column k if it came along with theirs, and the observations
+        as floats, in torch's default layout, if it took them.
 
         Columns are computed oldest first, each from the ones before.
         """
         columns = self.columns[: self.columns[k].num_sources]
         read = {n for column in (*columns, self.columns[k]) for n in column.reads}
         if not columns:
-            return {}, None
+            return {}, None, None
         h = self._to_float(obs)
         # Without a transform nothing here depends on a parameter that trains.
         records = torch.is_grad_enabled() and transform is not None
@@ -412,7 +416,7 @@ class ProgressiveNetwork(nn.Module):
                     heads=False,
                 )
                 kept.add(layers)
-        return kept.before(len(columns), self.columns[k].reads), firsts[-1]
+        return kept.before(len(columns), self.columns[k].reads), firsts[-1], h
 
     def _check_sources(self, sources: Mapping[int, Tensor], k: int, leading: tuple[int, ...]) -> dict[int, Tensor]:
         """Sources that a caller kept, with one batch axis; `leading` is (B,) or (B, T)."""
