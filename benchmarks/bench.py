@@ -1,6 +1,6 @@
 """Runs all benchmarks one after the other and writes docs/performance.md's tables and the figures behind them.
 
-    python benchmarks/bench.py [--quick] [--only growth a3c a3c_columns rllib afs labyrinth]      (or: make bench)
+    python benchmarks/bench.py [--quick] [--only growth a3c a3c_columns ppo_columns rllib afs labyrinth]      (or: make bench)
 
 Every benchmark is a script of its own in this folder and can be run alone. Raw figures go to docs/results/bench/*.json
 with the command; the tables of docs/performance.md stand between `<!-- NAME -->` and `<!-- /NAME -->` and are written
@@ -84,6 +84,15 @@ def a3c_columns_table(report: dict[str, Any]) -> str:
     return table(["K", *[f"`{part}`" for part in parts], "rate of K = 1 (quartiles)"], rows)
 
 
+def ppo_columns_table(report: dict[str, Any]) -> str:
+    rows = []
+    for k, ratio in report["ratios"].items():
+        low, middle, high = statistics.quantiles(report["updates"][k][report["warm_up"] :], n=4)
+        times = "{median:.2f} ({low:.2f}-{high:.2f})".format(**ratio)
+        rows.append([k, f"{middle:.0f} ms ({low:.0f}-{high:.0f})", times])
+    return table(["K", "an update of 1,024 steps (quartiles)", "times K = 1"], rows)
+
+
 def rllib_table(report: dict[str, Any]) -> str:
     rows = []
     for algorithm, variants in report["summary"].items():
@@ -121,9 +130,14 @@ BENCHMARKS: dict[str, tuple[list[str], list[str], Callable[[dict[str, Any]], str
         a3c_table,
     ),
     "a3c_columns": (
-        ["a3c_columns.py", "--rollouts", "120"],
-        ["a3c_columns.py", "--rollouts", "40"],
+        ["a3c_columns.py", "--rollouts", "120", "--envs", "32"],
+        ["a3c_columns.py", "--rollouts", "40", "--envs", "32"],
         a3c_columns_table,
+    ),
+    "ppo_columns": (
+        ["ppo_columns.py", "--rounds", "30"],
+        ["ppo_columns.py"],
+        ppo_columns_table,
     ),
     "rllib": (
         ["rllib_throughput.py", "--repeats", "5", "--seconds", "30"],

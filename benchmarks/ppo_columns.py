@@ -27,6 +27,7 @@ from ray.rllib.algorithms.ppo import PPOConfig
 import rllib_pnn
 
 ENVS, STEPS = 64, 1024
+WARM_UP = 2  # rounds
 
 
 def make_algorithm(num_columns: int) -> Any:
@@ -81,9 +82,9 @@ def main() -> None:
     print("  K    update (quartiles)        times K = " + str(first))
     ratios = {}
     for k in arguments.columns:
-        times = spent[k][2:]
+        times = spent[k][WARM_UP:]
         low, middle, high = statistics.quantiles(times, n=4)
-        turns = [b / a for a, b in zip(spent[first][2:], times, strict=True)]
+        turns = [b / a for a, b in zip(spent[first][WARM_UP:], times, strict=True)]
         ratios[k] = dict(zip(("low", "median", "high"), statistics.quantiles(turns, n=4), strict=True))
         print(
             f"{k:>3}    {middle:4.0f} ({low:.0f}-{high:.0f})    "
@@ -91,7 +92,7 @@ def main() -> None:
         )
     if arguments.output:
         about = {"command": " ".join(sys.argv), "machine": machine(), "unit": "milliseconds an update, wall time"}
-        arguments.output.write_text(json.dumps(about | {"ratios": ratios, "updates": spent}))
+        arguments.output.write_text(json.dumps(about | {"warm_up": WARM_UP, "ratios": ratios, "updates": spent}))
     for algorithm in algorithms.values():
         algorithm.stop()
 
