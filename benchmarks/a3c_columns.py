@@ -5,8 +5,8 @@ process, one thread, an EnvRunner for each K on Pong with the `atari` column; th
 that a machine that gets slower meanwhile treats them alike (whole trainings, one after the other, differ by a quarter
 from one turn to the next: see `a3c_throughput.py`). What travels between processes is not in it.
 
-Wall time in microseconds an env-step, medians: `env` the emulator, `act` all columns acting, the frozen ones' activations
-kept, `gradient` a rollout's gradient, `all` with everything between. `rate` is that of the first K over it.
+Wall time in microseconds an env-step, medians: `env` the emulator, `act` all columns acting, the frozen ones'
+activations kept, `gradient` a rollout's gradient, `all` with everything between. `rate` is that of the first K over it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Runs all benchmarks one after the other and writes docs/performance.md's tables and the figures behind them.
 
-    python benchmarks/bench.py [--quick] [--only growth a3c a3c_columns ppo_columns rllib afs labyrinth]      (or: make bench)
+    python benchmarks/bench.py [--quick] [--only growth a3c a3c_columns ppo_columns rllib afs labyrinth]
+
+(or: make bench)
 
 Every benchmark is a script of its own in this folder and can be run alone. Raw figures go to docs/results/bench/*.json
 with the command; the tables of docs/performance.md stand between `<!-- NAME -->` and `<!-- /NAME -->` and are written

@@ -1,9 +1,9 @@
 """What a further column costs PPO where it counts: whole updates of the Learner, K columns in turns.
 
-How to run: `python benchmarks/ppo_columns.py [--columns 1 2 4] [--rounds 12] [--threads 2] [--output FILE]`. One process,
-an algorithm for each K on Pong with the `atari` column, 1,024 steps an update, 4 epochs in minibatches of 256, as in
-`tuned_examples/pong_soup.yaml`; they take turns update by update. An update is everything between episodes and new
-weights: the batch, frozen columns' activations, values, advantages, 17 minibatches.
+How to run: `python benchmarks/ppo_columns.py [--columns 1 2 4] [--rounds 12] [--threads 2] [--output FILE]`. One
+process, an algorithm for each K on Pong with the `atari` column, 1,024 steps an update, 4 epochs in minibatches of 256,
+as in `tuned_examples/pong_soup.yaml`; they take turns update by update. An update is everything between episodes and
+new weights: the batch, frozen columns' activations, values, advantages, 17 minibatches.
 
 Wall time in milliseconds an update, median and quartiles, and as a multiple of the first K's in the same round.
 """
@@ -86,10 +86,8 @@ def main() -> None:
         low, middle, high = statistics.quantiles(times, n=4)
         turns = [b / a for a, b in zip(spent[first][WARM_UP:], times, strict=True)]
         ratios[k] = dict(zip(("low", "median", "high"), statistics.quantiles(turns, n=4), strict=True))
-        print(
-            f"{k:>3}    {middle:4.0f} ({low:.0f}-{high:.0f})    "
-            "{median:.2f} ({low:.2f}-{high:.2f})".format(**ratios[k])
-        )
+        spread = "{median:.2f} ({low:.2f}-{high:.2f})".format(**ratios[k])
+        print(f"{k:>3}    {middle:4.0f} ({low:.0f}-{high:.0f})    {spread}")
     if arguments.output:
         about = {"command": " ".join(sys.argv), "machine": machine(), "unit": "milliseconds an update, wall time"}
         arguments.output.write_text(json.dumps(about | {"warm_up": WARM_UP, "ratios": ratios, "updates": spent}))

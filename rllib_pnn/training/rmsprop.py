@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 
 class RMSPropTF(Optimizer):
-    """Non-centered RMSProp as in the paper, with epsilon **inside** the root, and as in TensorFlow, with g = 1 at first:
+    """Non-centered RMSProp with epsilon **inside** the root, as in the paper, and g = 1 at first, as in TensorFlow:
 
         g <- alpha * g + (1 - alpha) * d^2,    theta <- theta - lr * d / sqrt(g + eps)
 
