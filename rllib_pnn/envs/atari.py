@@ -53,8 +53,8 @@ class AtariGameVectorEnv(VectorEnv):
 
     Observations are uint8 `(N, S, 84, 84)`, new arrays at every call. In place of frames from before an episode's
     start stands its first one. (ale_py has black ones there, which, to a network that takes a task's background for 0,
-    differ more from it than anything in the game.) Env i of a batch that was reset with seed s plays what `AtariGameEnv`
-    plays with seed s + i.
+    differ more from it than anything in the game.) Env i of a batch that was reset with seed s plays what
+    `AtariGameEnv` plays with seed s + i.
 
     Autoreset is NEXT_STEP: the step after the last one of an episode ignores its action, returns the first
     observation of the next episode and reward 0, and is no transition to learn from.
