@@ -166,7 +166,7 @@ def test_training_layout_moves_pixels_and_changes_none(dtype):
 
 
 @pytest.mark.parametrize("recurrent", [False, True])
-def test_outputs_and_features_in_one_pass_are_those_of_two(recurrent, monkeypatch):
+def test_outputs_and_features_in_one_pass_are_those_of_two(recurrent):
     module = grow(make(column=RECURRENT), 2) if recurrent else grow(make(), 2)
     inputs = batch()
     if recurrent:
@@ -192,7 +192,10 @@ def test_a_subclass_with_a_forward_pass_of_its_own_still_has_features():
             return {Columns.ACTION_DIST_INPUTS: self._evaluate(batch).logits + 1}
 
     module = grow(make(cls=Own))
+    passes = []
+    module.network.columns[0].register_forward_hook(lambda *_: passes.append(1))
     outputs, features = module.forward_with_features(batch())
+    assert len(passes) == 1
     assert torch.equal(outputs[Columns.ACTION_DIST_INPUTS], module.forward_exploration(batch())["action_dist_inputs"])
     assert features.keys() == module.frozen_features(batch()).keys() != set()
 

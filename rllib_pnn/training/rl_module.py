@@ -34,6 +34,7 @@ ARCHITECTURES = ("progressive", "scratch", "finetune_heads", "finetune_all", "ra
 MODEL_CONFIG_KEY = "progressive"  # under which all of this package's settings stand in RLlib's model_config
 SOURCES = "sources/"  # prefix of batch columns that hold activations of frozen columns
 _STATE_KEYS = ("h", "c")
+_ONE_PASS = ("frozen_features", "_evaluate", "_forward", "_forward_exploration")  # see forward_with_features
 
 
 def num_outputs_of(space: gym.Space) -> int:
@@ -207,11 +208,11 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
             The outputs, and the features that a later training batch takes: those of `frozen_features` without the
             LSTM state, which has moved in the outputs.
         """
+        if any(getattr(type(self), name) is not getattr(ProgressiveRLModule, name) for name in _ONE_PASS):
+            features = self.frozen_features(batch)  # a subclass's own pass may know nothing of `with_features`
+            return self.forward_exploration({**batch, **features}, **kwargs), features
         output = self.forward_exploration(batch, with_features=True, **kwargs)
-        features = {key: output.pop(key) for key in self._source_keys.values() if key in output}
-        if len(features) < len(self._source_keys):  # a subclass with a forward pass of its own
-            return output, self.frozen_features(batch)
-        return output, features
+        return output, {key: output.pop(key) for key in self._source_keys.values()}
 
     @override(RLModule)
     def _forward(self, batch: dict[str, Any], with_features: bool = False, **kwargs: Any) -> dict[str, Any]:
