@@ -17,6 +17,8 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.evaluation.postprocessing import Postprocessing
+from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
+from ray.rllib.utils.minibatch_utils import MiniBatchCyclicIterator
 from ray.rllib.utils.postprocessing.value_predictions import compute_value_targets
 from scripted_env import LinearModule, config_for
 
@@ -26,6 +28,7 @@ from rllib_pnn.training.array_connectors import (
     ArrayGeneralAdvantageEstimation,
     ArrayLearnerMixin,
     BatchEpisodes,
+    _TensorBatch,
     frozen_features,
     generalized_advantages,
     spare_threads,
@@ -287,6 +290,27 @@ def test_frozen_features_once_per_observation(monkeypatch):
     FeaturesModule.evaluated = 0
     learner.update(episodes=episodes, timesteps={}, num_epochs=3, minibatch_size=16, shuffle_batch_per_epoch=True)
     assert FeaturesModule.evaluated == sum(len(e) + 1 for e in episodes)
+
+
+def test_minibatches_have_the_rows_that_rllib_draws():
+    columns = {
+        "a": torch.arange(40.0),
+        "maps": torch.arange(40.0 * 2 * 3 * 3).reshape(40, 2, 3, 3).contiguous(memory_format=torch.channels_last),
+        "nested": {"b": torch.arange(80).reshape(40, 2)},
+    }
+    minibatches = []
+    for made in (SampleBatch(columns), _TensorBatch(columns)):
+        np.random.seed(3)
+        iterator = MiniBatchCyclicIterator(
+            MultiAgentBatch({DEFAULT_MODULE_ID: made}, 40), num_epochs=3, minibatch_size=16
+        )
+        minibatches.append([batch[DEFAULT_MODULE_ID] for batch in iterator])
+    stock, own = minibatches
+    assert len(stock) == len(own) == 8
+    for a, b in zip(stock, own, strict=True):
+        assert torch.equal(a["a"], b["a"]) and torch.equal(a["nested"]["b"], b["nested"]["b"])
+        assert torch.equal(a["maps"], b["maps"]) and b["maps"].is_contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(own[-1]["a"].sort().values, own[-1]["a"])
 
 
 def test_observations_are_laid_out_for_training_alone():

@@ -13,7 +13,7 @@ from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from small_algorithms import CONFIGS, small_config
 
 from rllib_pnn.training import learner
-from rllib_pnn.training.learner import free_threads
+from rllib_pnn.training.learner import free_threads, use_fused_adam
 from rllib_pnn.training.progressive import make_progressive
 
 
@@ -102,3 +102,59 @@ def test_the_entropy_cost_starts_anew_before_a_tasks_first_update(algorithm: str
     made.freeze_columns()
     made.grow({"task_index": 1, "first_column": 0, "task_start_env_steps": 2000, "finished": False})
     assert entropy_cost(made) == pytest.approx(0.01)
+
+
+def adam_of(made: Any) -> torch.optim.Optimizer:
+    return made.get_optimizer(DEFAULT_MODULE_ID)
+
+
+def test_adam_runs_fused_and_moves_weights_as_the_plain_one_does(tmp_path: Path) -> None:
+    environment = gym.make("CartPole-v1")
+    made = scheduled("PPO", tmp_path / "1", environment)
+    copies = [p.detach().clone().requires_grad_() for p in made._params.values()]
+    plain = torch.optim.Adam(copies, lr=1e-3, foreach=False)
+    generator = torch.Generator().manual_seed(0)
+
+    def step_both(made: Any) -> None:
+        gradients = {ref: torch.randn(p.shape, generator=generator) for ref, p in made._params.items()}
+        made.apply_gradients(gradients)
+        for copy, gradient in zip(copies, gradients.values(), strict=True):
+            copy.grad = gradient.clone()
+        plain.step()
+        for copy, parameter in zip(copies, made._params.values(), strict=True):
+            torch.testing.assert_close(parameter.detach(), copy.detach(), rtol=1e-5, atol=1e-7)
+
+    for _ in range(5):
+        step_both(made)
+    assert [group["fused"] for group in adam_of(made).param_groups] == [True]
+    # A checkpoint of before says that its optimizer was not fused: this one goes on from it, and is.
+    state = made.get_state()
+    for entry in state["optimizer"].values():
+        for group in entry["state"]["param_groups"]:
+            group["fused"] = None
+    restored = scheduled("PPO", tmp_path / "2", environment)
+    restored.set_state(state)
+    assert [group["fused"] for group in adam_of(restored).param_groups] == [True]
+    for _ in range(3):
+        step_both(restored)
+    restored.freeze_columns()
+    restored.grow({"task_index": 1, "first_column": 0, "task_start_env_steps": 0, "finished": False})
+    assert [group["fused"] for group in adam_of(restored).param_groups] == [True]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.Adam(p, foreach=True),
+        lambda p: torch.optim.Adam(p, fused=False),
+        lambda p: torch.optim.Adam(p, capturable=True),
+        lambda p: torch.optim.RMSprop(p),
+        lambda p: torch.optim.Adam([torch.nn.Parameter(x.detach().to("meta")) for x in p]),
+        lambda p: torch.optim.Adam([torch.nn.Parameter(x.detach().bfloat16()) for x in p]),
+    ],
+)
+def test_an_optimizer_that_somebody_chose_is_left_alone(optimizer: Any) -> None:
+    made = optimizer([torch.nn.Parameter(torch.zeros(3))])
+    before = [dict(group) for group in made.param_groups]
+    use_fused_adam(made)
+    assert [{**group, "params": 0} for group in made.param_groups] == [{**group, "params": 0} for group in before]

@@ -400,7 +400,13 @@ def array_learner_class(learner_class: type[Learner]) -> type[Learner]:
 
 
 class _TensorBatch(SampleBatch):
-    """A SampleBatch of tensors whose rows are shuffled by copying rows, not single numbers."""
+    """A SampleBatch of tensors that is shuffled by drawing an order; rows are copied when a minibatch is cut.
+
+    Frozen activations are 26 KB a row and column. So each is copied once an epoch, shortly before it is read, and not
+    at all for the first epoch, which has the batch's own order, and for the shuffle that RLlib does after the last one.
+    """
+
+    _order: Tensor | None = None
 
     @override(SampleBatch)
     def shuffle(self) -> SampleBatch:
@@ -408,10 +414,16 @@ class _TensorBatch(SampleBatch):
         if not all(isinstance(leaf, Tensor) for leaf in tree.flatten(columns)):
             return super().shuffle()
         permutation = torch.from_numpy(np.random.permutation(self.count))
-        for key, column in columns.items():
-            self[key] = tree.map_structure(lambda a: _take_rows(a, permutation.to(a.device)), column)
-        self.intercepted_values.clear()
+        self._order = permutation if self._order is None else self._order[permutation]
         return self
+
+    @override(SampleBatch)
+    def _slice(self, slice_: slice) -> SampleBatch:
+        if self._order is None:
+            return super()._slice(slice_)
+        rows = self._order[slice_]
+        columns = tree.map_structure(lambda a: _take_rows(a, rows.to(a.device)), dict(self))
+        return SampleBatch(columns, _is_training=self.is_training, _num_grad_updates=self.num_grad_updates)
 
 
 def _take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
