@@ -17,6 +17,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.apis import ValueFunctionAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch import TorchRLModule
+from scripted_env import LinearModule
 from torch import Tensor, nn
 
 from rllib_pnn.training.a3c import A3CConfig
@@ -408,6 +409,42 @@ def test_metrics_count_real_steps_and_raw_returns() -> None:
     assert metrics["num_episodes"].peek() == len(returns)
     assert metrics["episode_return_mean"].peek() == pytest.approx(np.mean(returns), rel=1e-5)
     assert metrics["episode_len_mean"].peek() == pytest.approx(np.mean(lengths))
+
+
+@pytest.mark.parametrize("stagger", [0, 8])
+def test_cut_episodes_are_learned_from_and_count_in_no_metric(stagger: int) -> None:
+    """Pong in episodes of ten steps, one of each environment cut within eight."""
+
+    class Notes(RLlibCallback):
+        def on_episode_end(self, *, episode: Any, env_runner: Any, **kwargs: Any) -> None:
+            env_runner.notes.append(len(episode))
+
+    config = A3CConfig().environment(
+        "rllib_pnn/PongSoup-v0", env_config={"stagger": stagger, "max_episode_frames": 40, "noop_max": 0}
+    )
+    config.env_runners(num_envs_per_env_runner=8, num_env_runners=0, rollout_fragment_length=6)
+    config.env_runners(gym_env_vectorize_mode="vector_entry_point").callbacks(Notes).debugging(seed=0)
+    config.rl_module(rl_module_spec=RLModuleSpec(module_class=LinearModule))
+    runner = A3CEnvRunner(config=config)
+    runner.notes = []
+    rollouts = [runner.collect_rollout() for _ in range(2)]  # the buffer of observations is the next rollout's, too
+    rollouts += [runner.collect_rollout() for _ in range(3)]
+    done, valid = (np.concatenate([getattr(r, key) for r in rollouts]) for key in ("done", "valid"))
+    cut = 0
+    for n in range(8):
+        ends = np.flatnonzero(done[:, n])
+        cut += len(ends) > 0 and ends[0] < 9
+        assert not valid[ends[:-1] + 1, n].any() and valid[ends, n].all()
+    assert cut == (8 if stagger else 0)
+    assert runner.notes == [10] * (int(done.sum()) - cut)
+    metrics = runner.get_metrics()
+    assert metrics["num_episodes"].peek() == len(runner.notes) > 0
+    assert metrics["episode_len_min"].peek() == 10
+    # Once for new environments: rollouts that begin anew, after an evaluation say, are cut no more.
+    runner.notes.clear()
+    runner._restart_rollouts = True
+    runner.collect_rollout(), runner.collect_rollout()
+    assert runner.notes == [10] * 8
 
 
 def test_on_episode_end_gets_a_summary() -> None:

@@ -250,6 +250,60 @@ def test_episodes_are_truncated_at_max_episode_frames():
 
 
 @pytest.mark.filterwarnings("error")
+def test_stagger_cuts_one_episode_of_each_env_and_the_next_step_resets_it():
+    """Beside a batch without it, whose envs play the same until they are cut."""
+    envs, plain = (AtariGameVectorEnv(6, game="pong", stagger=stagger) for stagger in (40, 0))
+    (observations, _), _ = envs.reset(seed=3), plain.reset(seed=3)
+    envs.stagger_episodes(seed=0)
+    plain.stagger_episodes(seed=0)
+    cut_at = np.zeros(6, int)
+    for step, action in enumerate(actions_of(60, 6), start=1):
+        before = envs.cut
+        observations, rewards, terminated, truncated, infos = envs.step(action)
+        expected = plain.step(action)
+        uncut = cut_at == 0
+        np.testing.assert_array_equal(observations[uncut], expected[0][uncut])
+        np.testing.assert_array_equal(rewards[uncut], expected[1][uncut])
+        assert not terminated.any() and not infos and plain.cut is None
+        np.testing.assert_array_equal(truncated, np.zeros(6, bool) if envs.cut is None else envs.cut)
+        for i in np.flatnonzero(truncated):
+            assert cut_at[i] == 0, "cut twice"
+            cut_at[i] = step
+        for i in [] if before is None else np.flatnonzero(before):
+            # The reset step: an episode's first observation, its frame in all places of the stack, and no reward.
+            assert (observations[i] == observations[i, -1:]).all() and rewards[i] == 0 and not truncated[i]
+            assert not np.array_equal(observations[i], expected[0][i])
+    assert cut_at.min() >= 1 and cut_at.max() <= 40 and len(set(cut_at)) > 3
+    assert envs.cut is None
+
+
+def test_stagger_leaves_alone_what_ends_by_itself_and_never_cuts_a_reset_step():
+    envs = AtariGameVectorEnv(64, game="pong", stagger=12, max_episode_frames=20, noop_max=0)
+    envs.reset(seed=0)
+    envs.stagger_episodes(seed=1)
+    lengths, ended, cuts = np.zeros(64, int), np.zeros(64, bool), 0
+    for action in actions_of(40, 64):
+        _, _, terminated, truncated, infos = envs.step(action)
+        assert not (truncated & ended).any(), "the step after an end is a reset"
+        lengths = np.where(ended, 0, lengths + 1)
+        ended = terminated | truncated
+        cut = np.zeros(64, bool) if envs.cut is None else envs.cut
+        assert (lengths[ended & ~cut] == 5).all() and (lengths[cut] < 5).all() and (lengths[cut] > 0).all()
+        # A score is told of whole episodes alone.
+        told = infos.get("_episode_score", np.zeros(64, bool))
+        np.testing.assert_array_equal(told, ended & ~cut)
+        cuts += cut.sum()
+    assert 20 < cuts < 64
+
+
+def test_a_reset_forgets_what_was_to_be_cut():
+    envs = AtariGameVectorEnv(4, game="pong", stagger=10)
+    envs.reset(seed=0)
+    envs.stagger_episodes(seed=0)
+    envs.reset(seed=0)
+    assert not any(envs.step(action)[3].any() for action in actions_of(20, 4))
+
+
 def test_gymnasiums_checker_has_nothing_to_say():
     check_env(gym.make("rllib_pnn/Atari-v0", game="boxing", render_mode="rgb_array").unwrapped)
 

@@ -8,14 +8,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.connectors.env_to_module import MeanStdFilter
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
-from scripted_env import ACTIONS, OBSERVATIONS, config_for
+from scripted_env import ACTIONS, OBSERVATIONS, LinearModule, config_for
 
+import rllib_pnn.envs.registry  # noqa: F401  (makes the ids known)
 from rllib_pnn.training import env_runner as env_runner_module
 from rllib_pnn.training.env_runner import ArrayEnvRunner
 
@@ -406,3 +409,37 @@ def test_gymnasium_environments():
     assert_same(config, [{"num_timesteps": 40}] * 4)
     config = config_for().environment("Pendulum-v1").env_runners(gym_env_vectorize_mode="sync")
     assert_same(config, [{"num_timesteps": 30}] * 2)
+
+
+@pytest.mark.parametrize("callback", [None, RecordingCallback])
+@pytest.mark.parametrize("asked", ["training", "evaluation", "whole episodes"])
+def test_cut_episodes_are_learned_from_and_count_in_no_metric(asked, callback):
+    """Episodes of ten steps, one of each environment cut within eight."""
+    config = PPOConfig().environment(
+        "rllib_pnn/PongSoup-v0", env_config={"stagger": 8, "max_episode_frames": 40, "noop_max": 0}
+    )
+    config.env_runners(num_envs_per_env_runner=8, num_env_runners=0).debugging(seed=0)
+    config.env_runners(gym_env_vectorize_mode="vector_entry_point")
+    config.rl_module(rl_module_spec=RLModuleSpec(module_class=LinearModule))
+    if callback:
+        config.callbacks(callback)
+    config.in_evaluation = asked == "evaluation"
+    calls = [{"num_episodes": 8}] if asked == "whole episodes" else [{"num_timesteps": 8 * n} for n in (5, 20)]
+    runner, samples, metrics = record(ArrayEnvRunner, config, calls)
+    assert runner._logged_fallback is None
+    lengths: dict[str, int] = {}
+    ended = {}
+    for episode in (episode for sample in samples for episode in sample):
+        lengths[episode.id_] = lengths.get(episode.id_, 0) + len(episode)
+        ended[episode.id_] = episode.is_truncated
+    done = [lengths[id_] for id_ in lengths if ended[id_]]
+    cut = [length for length in done if length < 10]
+    assert len(cut) == (8 if asked == "training" else 0) and done.count(10) >= 8
+    assert sum(m["num_episodes"].peek() for m in metrics if "num_episodes" in m) == done.count(10)
+    for key in ("episode_len_min", "episode_len_max", "episode_len_mean"):
+        assert metrics[-1][key].peek() == 10
+    assert not runner._done_episodes_for_metrics
+    assert set(runner._ongoing_episodes_for_metrics) <= {e.id_ for e in runner._ongoing_episodes}
+    if callback:
+        (recorder,) = runner._callbacks
+        assert sum(call[0] == "end" for call in recorder.calls if isinstance(call, tuple)) == done.count(10)

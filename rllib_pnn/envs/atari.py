@@ -59,6 +59,10 @@ class AtariGameVectorEnv(VectorEnv):
     Autoreset is NEXT_STEP: the step after the last one of an episode ignores its action, returns the first
     observation of the next episode and reward 0, and is no transition to learn from.
 
+    Environments that are reset together stay together for long: their episodes begin at the same time, and those of a
+    policy that loses every point are of one length. Short rollouts of such a batch see one moment of the game at a
+    time. `stagger` spreads them over the game, for EnvRunners that ask for it (`stagger_episodes`).
+
     The infos name one key, and only where an episode ended: `infos["episode_score"][i]` is the unclipped sum
     of its rewards, valid where `infos["_episode_score"][i]`. In an RLlib callback's `on_episode_end`:
     `episode.get_infos(-1)["episode_score"]`.
@@ -75,6 +79,8 @@ class AtariGameVectorEnv(VectorEnv):
             the game's actions include FIRE, which is then the last of them (all games with `full_action_space`).
         max_episode_frames: Emulator frames after the idle ones at which an episode is truncated.
         reward_clipping: Rewards to [-1, 1], for learning. `episode_score` stays unclipped.
+        stagger: Steps within which `stagger_episodes` cuts one episode of each env short; about as many as an episode
+            of a beginner has. 0: none.
         num_threads: Emulator threads of this batch.
         render_mode: None or `"rgb_array"`: what the agent sees last, enlarged.
 
@@ -96,6 +102,7 @@ class AtariGameVectorEnv(VectorEnv):
         noop_max: int = 30,
         max_episode_frames: int = 108_000,
         reward_clipping: bool = False,
+        stagger: int = 0,
         num_threads: int = 1,
         render_mode: str | None = None,
         **unknown: Any,
@@ -110,6 +117,7 @@ class AtariGameVectorEnv(VectorEnv):
         self._reward_clipping = check_flag(env_id, "reward_clipping", reward_clipping)
         self._stack_size = check_integer(env_id, "frame_stack", frame_stack, minimum=1)
         skip = check_integer(env_id, "frameskip", frameskip, minimum=1)
+        self.stagger = check_integer(env_id, "stagger", stagger, minimum=0)
 
         self._emulator: AtariVectorEnv | None = _Emulator(
             self.game,
@@ -146,6 +154,18 @@ class AtariGameVectorEnv(VectorEnv):
         self._stacks: np.ndarray | None = None  # (N, S, 84, 84), never handed out
         self._scores = np.zeros(self.num_envs)
         self._ended = np.zeros(self.num_envs, bool)
+        self._steps_to_cut: np.ndarray | None = None  # (N,), 0 where there is nothing to cut any more
+        self.cut: np.ndarray | None = None  # (N,), envs whose episode the last step has cut; None: none
+
+    def stagger_episodes(self, seed: int | None = None) -> None:
+        """Truncates, once, the episode of each env that runs after a number of steps drawn from 1 to `stagger`.
+
+        `cut` tells these from other truncations; their scores stand in no info, for they say nothing of how an agent
+        plays. A reset forgets what has not been cut yet.
+        """
+        if self.stagger:
+            rng = np.random.default_rng(seed)
+            self._steps_to_cut = rng.integers(1, self.stagger, self.num_envs, endpoint=True)
 
     def reset(
         self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
@@ -172,6 +192,7 @@ class AtariGameVectorEnv(VectorEnv):
         frames, _ = emulator.reset(seed=self._emulator_seeds(seed))
         self._ended[:] = False
         self._scores[:] = 0.0
+        self._steps_to_cut = self.cut = None
         # (A transform may return a view of what it was given: `repeat` copies.)
         self._stacks = self._transform(frames[:, 0])[:, None].repeat(self._stack_size, axis=1)
         return self._stacks.copy(), {}
@@ -188,6 +209,13 @@ class AtariGameVectorEnv(VectorEnv):
             raise ResetNeeded(f"{self.env_id}: step() before the first reset()")
         frames: np.ndarray
         frames, rewards, terminated, truncated, _ = emulator.step(self._checked(actions))
+        if self.cut is not None:
+            # The emulator knows nothing of it and has gone on.
+            begun: np.ndarray
+            begun, _ = emulator.reset(options={"reset_mask": self.cut})
+            frames = np.where(self.cut[:, None, None, None], begun, frames)
+            rewards = np.where(self.cut, 0, rewards)
+            terminated, truncated = terminated & ~self.cut, truncated & ~self.cut
 
         stacks = np.empty_like(self._stacks)
         stacks[:, :-1] = self._stacks[:, 1:]
@@ -198,14 +226,33 @@ class AtariGameVectorEnv(VectorEnv):
         self._stacks = stacks
 
         self._scores += rewards
-        self._ended = terminated | truncated
+        was_reset, self._ended = self._ended, terminated | truncated
         infos = {}
         # Nothing otherwise: RLlib keeps and sends an info dict for every step.
         if self._ended.any():
             infos = {"episode_score": self._scores.copy(), "_episode_score": self._ended.copy()}
+        self.cut = None
+        if self._steps_to_cut is not None:
+            truncated = self._cut_episodes(truncated, was_reset)
         if self._reward_clipping:
             rewards = np.clip(rewards, -1, 1)
         return stacks.copy(), rewards.astype(np.float32), terminated, truncated, infos
+
+    def _cut_episodes(self, truncated: np.ndarray, was_reset: np.ndarray) -> np.ndarray:
+        """`truncated` with the episodes that are due, which it notes in `cut`."""
+        assert self._steps_to_cut is not None
+        waiting = self._steps_to_cut > 0
+        due = waiting & (self._steps_to_cut == 1)
+        # An episode has at least a step; one that ends now by itself needs no cutting.
+        self._steps_to_cut -= waiting & ~(due & was_reset)
+        cut = due & ~was_reset & ~self._ended
+        if not self._steps_to_cut.any():
+            self._steps_to_cut = None
+        if not cut.any():
+            return truncated
+        self.cut = cut
+        self._ended = self._ended | cut
+        return truncated | cut
 
     def render(self) -> tuple[Any, ...] | None:
         """The newest frame of every env as the agent sees it: N times RGB uint8 `(336, 336, 3)`."""

@@ -47,7 +47,7 @@ class PongSoupVectorEnv(AtariGameVectorEnv):
         noise_seed: The noise of `noisy` is drawn once from it: the same in all frames, envs and processes.
         zoom_offset: Rows and columns of background above and left of the picture of `zoom`, 0 to 21 each.
         **options: `frame_stack`, `frameskip`, `repeat_action_probability`, `noop_max`, `max_episode_frames`,
-            `reward_clipping`, `num_threads`, `render_mode` of `AtariGameVectorEnv`.
+            `reward_clipping`, `stagger`, `num_threads`, `render_mode` of `AtariGameVectorEnv`.
 
     Raises:
         ValueError: An option is unknown or out of range.
@@ -69,6 +69,7 @@ class PongSoupVectorEnv(AtariGameVectorEnv):
         noop_max: int = 30,
         max_episode_frames: int = 108_000,
         reward_clipping: bool = False,
+        stagger: int = 0,
         num_threads: int = 1,
         render_mode: str | None = None,
         **unknown: Any,
@@ -84,6 +85,7 @@ class PongSoupVectorEnv(AtariGameVectorEnv):
             noop_max=noop_max,
             max_episode_frames=max_episode_frames,
             reward_clipping=reward_clipping,
+            stagger=stagger,
             num_threads=num_threads,
             render_mode=render_mode,
         )

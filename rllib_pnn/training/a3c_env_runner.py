@@ -46,6 +46,7 @@ from ray.rllib.utils.typing import ResultDict, StateDict
 from torch import Tensor, nn
 
 from rllib_pnn.envs.score import EPISODE_SCORE, episode_scores
+from rllib_pnn.envs.stagger import cut_now, stagger_episodes
 from rllib_pnn.network.memory import lean_memory
 from rllib_pnn.training.a3c_loss import a3c_loss, n_step_advantages
 
@@ -461,6 +462,8 @@ class A3CEnvRunner(SingleAgentEnvRunner):
 
     def _reset(self) -> None:
         observations, _ = self._try_env_reset(seed=self._seed if self._env_is_new else None, options=None)
+        if self._env_is_new:
+            stagger_episodes(self.env, self._seed)
         self._env_is_new = False
         self._obs = self._as_obs(observations)
         shape = (self._rollout_length + 1, *self._obs.shape)
@@ -530,13 +533,16 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         if not ended.any():
             return
         told, scores = episode_scores(infos, ended)
+        cut = cut_now(self.env)
         for n in np.flatnonzero(ended):
             now = time.perf_counter()
             length, episode_return = int(self._episode_lengths[n]), float(self._episode_returns[n])
             seconds = now - self._episode_starts[n]
-            self._finished.append((length, episode_return, seconds))
             self._episode_returns[n] = self._episode_lengths[n] = 0
             self._episode_starts[n] = now
+            if cut is not None and cut[n]:
+                continue
+            self._finished.append((length, episode_return, seconds))
             if self._calls_episode_end:
                 info = {EPISODE_SCORE: float(scores[n])} if told[n] else {}
                 summary = EpisodeSummary(length, episode_return, seconds, info, terminated=bool(terminated[n]))

@@ -62,6 +62,7 @@ from ray.rllib.utils.spaces.space_utils import clip_action, unsquash_action
 from ray.rllib.utils.spaces.space_utils import unbatch as unbatch_items
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 
+from rllib_pnn.envs.stagger import cut_now, stagger_episodes
 from rllib_pnn.network.memory import lean_memory
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
 
     @override(SingleAgentEnvRunner)
     def __init__(self, *, config: AlgorithmConfig, **kwargs: Any):
+        self._env_is_new = True
         super().__init__(config=config, **kwargs)
         self._logged_fallback: str | None = None
         # The local runner shares its process with the Learner, whose business threads and memory are.
@@ -154,6 +156,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
         # Without a cached batch, an error ended the previous call halfway.
         if force_reset or num_episodes is not None or self._needs_initial_reset or self._cached_to_module is None:
             self._reset_envs_and_episodes(explore)
+            self._stagger(num_episodes)
         if num_episodes is not None:
             self._needs_initial_reset = True
         # The last batch of the previous call, made by the env-to-module pipeline.
@@ -166,6 +169,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
         initial_state = self._initial_states() if self.module.is_stateful() else None
         lists_at_end = self._overrides_callback("on_episode_end")
         done_episodes: list[SingleAgentEpisode] = []
+        cut_episodes: list[SingleAgentEpisode] = []
         rollout = self._new_rollout(num_timesteps)
         num_steps = num_done = 0  # env steps since the last (forced) reset, episodes that ended
         first = True
@@ -181,6 +185,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
                 # parent's loop.
                 num_steps = 0
                 self._reset_envs_and_episodes(explore)
+                self._stagger(num_episodes)
                 to_module, self._cached_to_module = self._cached_to_module, None
                 rollout = self._new_rollout(num_timesteps)
                 continue
@@ -201,6 +206,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
             )
             num_steps += self.num_envs - len(was_reset)
             done = rollout.done_now()
+            cut = cut_now(self.env) if done else None
 
             collected, wanted = (
                 (num_steps, num_timesteps) if num_episodes is None else (num_done + len(done), num_episodes)
@@ -224,14 +230,19 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
                 if index in was_reset:
                     self._make_on_episode_callback("on_episode_start", index, self._ongoing_episodes)
                 else:
-                    num_done += 1
-                    if lists_at_end:
-                        rollout.fill_episode(index)
-                    self._make_on_episode_callback("on_episode_end", index, self._ongoing_episodes)
-                    done_episodes.append(
-                        # A callback may have changed what it was given.
-                        self._ongoing_episodes[index].to_numpy() if lists_at_end else rollout.finish_episode(index)
-                    )
+                    if cut is not None and cut[index]:
+                        # Learned from, and no more: for metrics and callbacks it did not end.
+                        cut_episodes.append(rollout.finish_episode(index))
+                        self._ongoing_episodes_for_metrics.pop(cut_episodes[-1].id_, None)
+                    else:
+                        num_done += 1
+                        if lists_at_end:
+                            rollout.fill_episode(index)
+                        self._make_on_episode_callback("on_episode_end", index, self._ongoing_episodes)
+                        done_episodes.append(
+                            # A callback may have changed what it was given.
+                            self._ongoing_episodes[index].to_numpy() if lists_at_end else rollout.finish_episode(index)
+                        )
                     self._new_episode(index, self._ongoing_episodes)
                     rollout.forget_episode(index)
                     if num_episodes is not None and num_done >= num_episodes:
@@ -246,7 +257,18 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
         ongoing_episodes = [] if num_timesteps is None else self._cut_ongoing_episodes(rollout)
         self._log_env_steps(metric=self._metrics_num_env_steps_sampled, num_steps=num_steps)
         self._increase_sampled_metrics(num_steps, len(done_episodes))
-        return done_episodes + ongoing_episodes
+        return done_episodes + cut_episodes + ongoing_episodes
+
+    @override(SingleAgentEnvRunner)
+    def make_env(self) -> None:
+        super().make_env()
+        self._env_is_new = True
+
+    def _stagger(self, num_episodes: int | None) -> None:
+        """Once for environments that are new, and for training alone: evaluation counts whole episodes."""
+        if self._env_is_new and num_episodes is None and not self.config.in_evaluation:
+            stagger_episodes(self.env, self._seed)
+        self._env_is_new = False
 
     @override(SingleAgentEnvRunner)
     def _reset_envs_and_episodes(self, explore: bool) -> None:
