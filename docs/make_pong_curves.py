@@ -2,7 +2,8 @@
 
     python docs/make_pong_curves.py --out docs/results/pong_ppo LABEL=RUN/seed_0 LABEL=RUN/seed_1 ...
 
-Reads `result.json` of every run folder; runs of one label share a colour. Writes `curves.csv` (a row about every
+Reads `result.json` of every run folder, or, of another figure's `curves.csv`, the rows of that label; runs of one label
+share a colour. Writes `curves.csv` (a row about every
 10,000 steps) and `curves.png`; without runs, the figure alone, from the CSV that is there.
 """
 
@@ -25,7 +26,13 @@ EVERY_STEPS = 10_000
 
 
 def rows_of(label: str, run: Path) -> list[dict[str, Any]]:
-    """A run's results, thinned out; the last one stays."""
+    """A run's results, thinned out; the last one stays. Of a CSV file the rows as they are."""
+    if run.suffix == ".csv":
+        with open(run, newline="") as file:
+            found = [row for row in csv.DictReader(file) if row["label"] == label]
+        if not found:
+            raise SystemExit(f"{run}: no row has the label {label!r}")
+        return found
     seed = run.name.rpartition("_")[2]
     rows: list[dict[str, Any]] = []
     kept_at = -EVERY_STEPS
