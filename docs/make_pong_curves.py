@@ -3,8 +3,8 @@
     python docs/make_pong_curves.py --out docs/results/pong_ppo LABEL=RUN/seed_0 LABEL=RUN/seed_1 ...
 
 Reads `result.json` of every run folder, or, of another figure's `curves.csv`, the rows of that label; runs of one label
-share a colour. Writes `curves.csv` (a row about every
-10,000 steps) and `curves.png`; without runs, the figure alone, from the CSV that is there.
+share a colour. Writes `curves.csv` (a row about every 10,000 steps) and `curves.png`; without runs, the figure alone,
+from the CSV that is there.
 """
 
 from __future__ import annotations

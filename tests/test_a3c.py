@@ -83,11 +83,13 @@ def learner_result(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def gradients_taken(learner: dict[str, Any]) -> int:
-    """Applied, or too old to be when their EnvRunner had to wait for a core; none dropped for another reason."""
+    """Applied, or (the fewer) too old to be when their EnvRunner had to wait; none dropped for another reason."""
     dropped = {key: value for key, value in learner.items() if key.startswith("num_gradients_dropped_")}
     stale = dropped.pop("num_gradients_dropped_stale_lifetime")
     assert len(dropped) == 3 and not any(dropped.values()), dropped
-    return int(learner["num_gradients_applied_lifetime"] + stale)
+    applied = learner["num_gradients_applied_lifetime"]
+    assert applied > stale
+    return int(applied + stale)
 
 
 # -- the update ------------------------------------------------------------------------------------------------------

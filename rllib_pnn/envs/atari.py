@@ -241,10 +241,9 @@ class AtariGameVectorEnv(VectorEnv):
     def _cut_episodes(self, truncated: np.ndarray, was_reset: np.ndarray) -> np.ndarray:
         """`truncated` with the episodes that are due, which it notes in `cut`."""
         assert self._steps_to_cut is not None
-        waiting = self._steps_to_cut > 0
-        due = waiting & (self._steps_to_cut == 1)
+        due = self._steps_to_cut == 1
         # An episode has at least a step; one that ends now by itself needs no cutting.
-        self._steps_to_cut -= waiting & ~(due & was_reset)
+        self._steps_to_cut -= (self._steps_to_cut > 0) & ~(due & was_reset)
         cut = due & ~was_reset & ~self._ended
         if not self._steps_to_cut.any():
             self._steps_to_cut = None

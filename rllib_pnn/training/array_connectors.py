@@ -423,7 +423,12 @@ class _TensorBatch(SampleBatch):
             return super()._slice(slice_)
         rows = self._order[slice_]
         columns = tree.map_structure(lambda a: _take_rows(a, rows.to(a.device)), dict(self))
-        return SampleBatch(columns, _is_training=self.is_training, _num_grad_updates=self.num_grad_updates)
+        return SampleBatch(
+            columns,
+            _is_training=self.is_training,
+            _time_major=self.time_major,
+            _num_grad_updates=self.num_grad_updates,
+        )
 
 
 def _take_rows(tensor: Tensor, rows: Tensor) -> Tensor:

@@ -121,7 +121,6 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
 
     @override(SingleAgentEnvRunner)
     def __init__(self, *, config: AlgorithmConfig, **kwargs: Any):
-        self._env_is_new = True
         super().__init__(config=config, **kwargs)
         self._logged_fallback: str | None = None
         # The local runner shares its process with the Learner, whose business threads and memory are.
@@ -229,24 +228,24 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
             for index in sorted({*was_reset, *done}):
                 if index in was_reset:
                     self._make_on_episode_callback("on_episode_start", index, self._ongoing_episodes)
+                    continue
+                if cut is not None and cut[index]:
+                    # Learned from, and no more: for metrics and callbacks it did not end.
+                    cut_episodes.append(rollout.finish_episode(index))
+                    self._ongoing_episodes_for_metrics.pop(cut_episodes[-1].id_, None)
                 else:
-                    if cut is not None and cut[index]:
-                        # Learned from, and no more: for metrics and callbacks it did not end.
-                        cut_episodes.append(rollout.finish_episode(index))
-                        self._ongoing_episodes_for_metrics.pop(cut_episodes[-1].id_, None)
-                    else:
-                        num_done += 1
-                        if lists_at_end:
-                            rollout.fill_episode(index)
-                        self._make_on_episode_callback("on_episode_end", index, self._ongoing_episodes)
-                        done_episodes.append(
-                            # A callback may have changed what it was given.
-                            self._ongoing_episodes[index].to_numpy() if lists_at_end else rollout.finish_episode(index)
-                        )
-                    self._new_episode(index, self._ongoing_episodes)
-                    rollout.forget_episode(index)
-                    if num_episodes is not None and num_done >= num_episodes:
-                        break
+                    num_done += 1
+                    if lists_at_end:
+                        rollout.fill_episode(index)
+                    self._make_on_episode_callback("on_episode_end", index, self._ongoing_episodes)
+                    done_episodes.append(
+                        # A callback may have changed what it was given.
+                        self._ongoing_episodes[index].to_numpy() if lists_at_end else rollout.finish_episode(index)
+                    )
+                self._new_episode(index, self._ongoing_episodes)
+                rollout.forget_episode(index)
+                if num_episodes is not None and num_done >= num_episodes:
+                    break
             if last:
                 break
 

@@ -90,19 +90,15 @@ def total_norm(tensors: Iterable[torch.Tensor]) -> float:
 def use_fused_adam(optimizer: torch.optim.Optimizer) -> None:
     """Lets a plain Adam, as RLlib makes it, update each parameter in one pass over memory; the same to rounding.
 
-    On a CPU torch does not choose that by itself. It takes a tenth of the time for the fourth column of `atari`. Left
-    as it is: other optimizers, one whose implementation somebody chose, and parameters that are not CPU float32.
+    On a CPU torch does not choose that by itself. Left as it is: other optimizers, one whose implementation somebody
+    chose, and parameters that are not CPU float32.
     """
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return
     for group in optimizer.param_groups:
-        chosen = group.get("foreach") is not None or group.get("fused") is not None
-        special = group.get("capturable") or group.get("differentiable")
-        if (
-            not chosen
-            and not special
-            and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in group["params"])
-        ):
+        chosen = group["foreach"] is not None or group["fused"] is not None
+        kinds = {(p.device.type, p.dtype) for p in group["params"]}
+        if not (chosen or group["capturable"] or group["differentiable"]) and kinds == {("cpu", torch.float32)}:
             group["fused"] = True
 
 
@@ -355,7 +351,7 @@ class ProgressiveLearnerMixin(Learner):
         # RLlib would put 0 for NaN and go on; Adam's averages would remember the infinite ones for ever.
         if not self._gradients_are_finite:
             return
-        # Their norm is finite, so they are: RLlib's own look at each, which copies it, is left out.
+        # Their norm is finite, so they are: the first of RLlib's two looks at each is left out.
         for parameter, gradient in gradients_dict.items():
             self._params[parameter].grad = gradient
         super().apply_gradients({})
