@@ -1,4 +1,4 @@
-"""Draws curve.png from curve.csv in docs/results/pong_soup and docs/results/cartpole_soup: return against steps."""
+"""Draws curve*.png from curve*.csv in docs/results/pong_soup and docs/results/cartpole_soup: return against steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
-# folder: episodes of the mean, the return that was aimed at, the axis
-SUITES = {"pong_soup": (32, 15, (-21.5, 21.5)), "cartpole_soup": (30, 450, (0, 510))}
+# table: episodes of the mean, the return that was aimed at, the axis
+TABLES = {
+    "pong_soup/curve.csv": (32, 18, (-21.5, 21.5)),
+    "pong_soup/curve_before.csv": (32, 15, (-21.5, 21.5)),
+    "cartpole_soup/curve.csv": (30, 450, (0, 510)),
+}
 
 
-def draw(folder: Path, window: int, aim: float, limits: tuple[float, float]) -> None:
-    with open(folder / "curve.csv", newline="") as file:
+def draw(table: Path, window: int, aim: float, limits: tuple[float, float]) -> None:
+    with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -32,9 +36,9 @@ def draw(folder: Path, window: int, aim: float, limits: tuple[float, float]) -> 
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(folder / "curve.png", dpi=130)
+    figure.savefig(table.with_suffix(".png"), dpi=130)
 
 
 if __name__ == "__main__":
-    for name, settings in SUITES.items():
+    for name, settings in TABLES.items():
         draw(RESULTS / name, *settings)
