@@ -5,7 +5,8 @@
 
 With `--idle N`, greedy play on ALE alone after 0 .. N - 1 idle frames. With `--episodes N`, N episodes of the package's
 vector env with actions drawn from the policy, up to `--noop-max` idle frames before each, by the environment's seed.
-Prints return and steps of every episode. Reads RLlib's checkpoint, which is a pickle: only of runs that you trust.
+Prints return and steps of every episode, of drawn ones also who made each point: `++-+` lost the third. Reads RLlib's
+checkpoint, which is a pickle: only of runs that you trust.
 """
 
 from __future__ import annotations
@@ -59,21 +60,24 @@ def play_greedily(network: Any, idle: int) -> tuple[int, int]:
         steps += 1
 
 
-def play_episodes(network: Any, episodes: int, noop_max: int) -> list[tuple[int, int]]:
+def play_episodes(network: Any, episodes: int, noop_max: int) -> list[tuple[str, int]]:
+    """The points of every episode, in order, and its steps."""
     env = gym.make_vec(
         "rllib_pnn/PongSoup-v0", episodes, vectorization_mode="vector_entry_point", variant="pong", noop_max=noop_max
     )
     observations, _ = env.reset(seed=0)
-    score, steps, over = np.zeros(episodes), np.zeros(episodes, int), np.zeros(episodes, bool)
+    points = [""] * episodes
+    steps, over = np.zeros(episodes, int), np.zeros(episodes, bool)
     while not over.all() and steps.max() < MAX_STEPS:
         logits = network(torch.from_numpy(observations))[0]
         actions = torch.distributions.Categorical(logits=logits).sample().numpy()
         observations, rewards, terminated, truncated, _ = env.step(actions)
-        score += rewards * ~over
+        for n in np.flatnonzero((rewards != 0) & ~over):
+            points[n] += "+" if rewards[n] > 0 else "-"
         steps += ~over
         over |= terminated | truncated
     env.close()
-    return [(int(s), int(n)) for s, n in zip(score, steps, strict=True)]
+    return list(zip(points, steps.tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -91,8 +95,12 @@ def main() -> None:
     for idle in range(args.idle):
         score, steps = play_greedily(module.network, idle)
         print(f"{idle} idle frames: return {score} after {steps} steps", flush=True)
-    for score, steps in play_episodes(module.network, args.episodes, args.noop_max) if args.episodes else []:
-        print(f"return {score} after {steps} steps")
+    episodes = play_episodes(module.network, args.episodes, args.noop_max) if args.episodes else []
+    returns = [points.count("+") - points.count("-") for points, _ in episodes]
+    for (points, steps), score in zip(episodes, returns, strict=True):
+        print(f"return {score:3d} after {steps} steps: {points}")
+    if returns:
+        print(f"mean {np.mean(returns):.1f}; below 10: {sum(r < 10 for r in returns)} of {len(returns)}")
 
 
 if __name__ == "__main__":
