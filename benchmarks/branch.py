@@ -7,8 +7,8 @@ How to run:
 
 Takes the file's experiment with `--set` in its config, restores everything from the checkpoint (weights, optimizer,
 counters) and trains the task for so many steps more. Schedules in `--set` count from the task's start, not from the
-checkpoint. Prints a line every `--every` seconds and one of JSON at the end. Reads RLlib's checkpoint, which is a pickle: only of
-runs that you trust.
+checkpoint. Prints a line every `--every` seconds and one of JSON at the end. Reads RLlib's checkpoint, which is a
+pickle: only of runs that you trust.
 """
 
 from __future__ import annotations
