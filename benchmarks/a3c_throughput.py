@@ -80,7 +80,7 @@ def run_rllib(args: argparse.Namespace) -> tuple[float, float]:
         config = IMPALAConfig().training(train_batch_size_per_learner=320, lr=5e-4)
         config.env_runners(rollout_fragment_length=20)
     else:
-        config = A3CConfig().training(lambda_=1.0)
+        config = A3CConfig().training(lambda_=1.0, gradients_per_rollout=args.parts)
         config.env_runners(rollout_fragment_length=args.rollout, max_requests_in_flight_per_env_runner=args.in_flight)
     config = (
         config.environment("pong")
@@ -146,6 +146,7 @@ def main() -> None:
     add("--envs", type=int, default=16, help="per EnvRunner")
     add("--rollout", type=int, default=20, help="T of A3C and the bare loop")
     add("--in-flight", type=int, default=1, help="A3C's max_requests_in_flight_per_env_runner")
+    add("--parts", type=int, default=1, help="A3C's gradients_per_rollout")
     add("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     add("--output", type=Path, help="JSON with every turn")
     add("--only", choices=CONTESTANTS, help="one turn of one contestant; prints JSON")
@@ -155,7 +156,7 @@ def main() -> None:
         print(json.dumps({"env_steps_per_s": rate, "cpu_us_per_env_step": 1e6 * cpu}))
         return
 
-    keys = ("seconds", "runners", "envs", "rollout", "in_flight")
+    keys = ("seconds", "runners", "envs", "rollout", "in_flight", "parts")
     arguments = [part for key in keys for part in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
     turns = take_turns(__file__, args.contestants, args.rounds, arguments)
     all_ratios: dict[str, dict[str, list[float]]] = {}

@@ -551,6 +551,11 @@ def test_what_was_done_on_a_task_is_counted_to_it(tmp_path: Path) -> None:
             "refused by its class: `fused`",
         ),
         (lambda c: c.training(gradients_per_training_step=0), "gradients_per_training_step"),
+        (lambda c: c.training(gradients_per_rollout=0), r"`gradients_per_rollout` \(0\)"),
+        (
+            lambda c: c.training(gradients_per_rollout=c.num_envs_per_env_runner + 1),
+            "`num_envs_per_env_runner` .* divides into parts",
+        ),
         (lambda c: c.learners(num_aggregator_actors_per_learner=1), "num_aggregator_actors_per_learner"),
         (lambda c: c.multi_agent(policies={"a", "b"}, policy_mapping_fn=lambda *a, **k: "a"), "single-agent"),
     ],

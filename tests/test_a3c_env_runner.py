@@ -321,6 +321,73 @@ def test_gradient_of_a_progressive_module_with_frozen_columns(column: list[dict[
     assert gradient.shape == (0,)
 
 
+@pytest.mark.parametrize("autoreset", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+@pytest.mark.parametrize("module", [SmallModuleWithFeatures, RecurrentModule])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_parts_of_a_rollout_make_up_its_gradient(autoreset: AutoresetMode, module: type, count: int) -> None:
+    runner = make_runner(module, autoreset, lambda_=0.8)
+    for _ in range(4):  # ends, truncations and resets fall into other parts and steps each time
+        rollout = runner.collect_rollout()
+        whole, _ = runner.rollout_gradient(rollout)
+        parts = rollout.divide(count)
+        assert [part.rewards.shape[1] for part in parts] == {1: [4], 2: [2, 2], 3: [1, 1, 2], 4: [1] * 4}[count]
+        steps = np.array([part.valid.sum() for part in parts])
+        gradients = [runner.rollout_gradient(part)[0] for part in parts]
+        mean = sum(n * gradient for n, gradient in zip(steps, gradients, strict=True)) / steps.sum()
+        np.testing.assert_allclose(mean, whole, rtol=2e-4, atol=2e-6)
+        assert count == 1 or max(np.abs(gradient - whole).max() for gradient in gradients) > 1e-2
+
+
+def test_every_part_is_differentiated_at_the_weights_it_is_given() -> None:
+    runner = make_runner(gradients_per_rollout=2)
+    runner.set_state({COMPONENT_RL_MODULE: runner.module.get_state(), LEARNER_STAMP: 1})
+    kept, collect = [], runner.collect_rollout
+
+    def collect_and_keep() -> Any:
+        kept.append(collect())
+        return kept[-1]
+
+    runner.collect_rollout = collect_and_keep  # type: ignore[method-assign]
+    found = [runner.compute_gradient(weights_for(runner, fill, v)) for v, fill in ((5, 0.1), (7, 0.3), (8, 0.2))]
+    assert len(kept) == 2 and len(env_of(runner).log) == 2 * LENGTH, "the third call begins a rollout"
+    assert [info.version for info, _ in found] == [5, 7, 8]
+    assert [info.stats["rollout_age"] for info, _ in found] == [0, 2, 0]
+    assert found[0][0].num_env_steps + found[1][0].num_env_steps == kept[0].valid.sum()
+
+    # The rollout's buffer is another's by now: the same one once more, its second part at the second weights.
+    again = make_runner(gradients_per_rollout=2)
+    again.set_state({COMPONENT_RL_MODULE: again.module.get_state(), LEARNER_STAMP: 1})
+    torch.manual_seed(0)
+    again.load_weights(weights_for(again, 0.1))
+    rollout = again.collect_rollout()
+    again.load_weights(weights_for(again, 0.3))
+    expected, _ = again.rollout_gradient(rollout.divide(2)[1])
+    again._restart_rollouts = True
+    again.env.unwrapped.rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    again.compute_gradient(weights_for(again, 0.1))
+    np.testing.assert_allclose(again.compute_gradient(weights_for(again, 0.3))[1], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_parts_that_wait_are_forgotten_with_what_they_were_played_on() -> None:
+    runner = make_runner(gradients_per_rollout=4)
+    state = {COMPONENT_RL_MODULE: runner.module.get_state(), LEARNER_STAMP: 1}
+
+    def played_anew() -> bool:
+        before = len(env_of(runner).log)
+        runner.compute_gradient(weights_for(runner, 0.1))
+        return len(env_of(runner).log) > before
+
+    runner.set_state(state)
+    assert [played_anew() for _ in range(2)] == [True, False]
+    runner.set_state(state)  # a Learner that was restored, a module that has grown
+    assert [played_anew() for _ in range(2)] == [True, False]
+    runner.make_env()  # another task
+    assert [played_anew() for _ in range(2)] == [True, False]
+    runner.sample(num_episodes=1)
+    assert [played_anew() for _ in range(4)] == [True, False, False, False]
+
+
 def test_gradient_of_box_actions_and_their_scaling() -> None:
     space = gym.spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([4.0, 1.0], np.float32))
     runner = make_runner(action_space=space)

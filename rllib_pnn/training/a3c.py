@@ -121,6 +121,7 @@ class A3CConfig(AlgorithmConfig):
         self.entropy_coeff: float | list[list[float]] = 0.01
         self.max_gradient_staleness: int | str = "auto"
         self.gradients_per_training_step: int | str = "auto"
+        self.gradients_per_rollout = 1
         self.min_time_s_per_iteration = 5
         # Weights travel with every request; RLlib's own broadcast after each iteration would only repeat them.
         self._dont_auto_sync_env_runner_states = True
@@ -134,6 +135,7 @@ class A3CConfig(AlgorithmConfig):
         entropy_coeff: float | list[list[float]] = _UNSET,
         max_gradient_staleness: int | str = _UNSET,
         gradients_per_training_step: int | str = _UNSET,
+        gradients_per_rollout: int = _UNSET,
         **kwargs: Any,
     ) -> A3CConfig:
         """Sets what training depends on.
@@ -146,6 +148,10 @@ class A3CConfig(AlgorithmConfig):
                 weights were sent. `"auto"`: 4 for every gradient that can be on its way.
             gradients_per_training_step: gradients awaited by one `training_step()`; an iteration (`train()`) repeats
                 those until `min_time_s_per_iteration` has passed. `"auto"`: 8 per EnvRunner, at least 64.
+            gradients_per_rollout: parts that the environments of an EnvRunner are divided into, with a gradient each.
+                Many environments act fast together, and small gradients learn from fewer steps: the second part's
+                gradient is taken at the weights that the first one's has moved, and so on. The Learner's metric
+                `rollout_age`: updates between the weights that acted and those that were differentiated.
             kwargs: those of `AlgorithmConfig.training`, among them `lr`, `gamma`, `grad_clip`, `grad_clip_by` and
                 `optimizer`: `{"type": "rmsprop", "alpha": 0.99, "eps": 1e-5}` or `{"type": "adam", "eps": 1e-5}`
                 plus any keyword of torch's class, or `{"type": "rmsprop_tf", "alpha": 0.99, "eps": 1e-5}`: epsilon
@@ -162,6 +168,8 @@ class A3CConfig(AlgorithmConfig):
             self.max_gradient_staleness = max_gradient_staleness
         if gradients_per_training_step is not NotProvided:
             self.gradients_per_training_step = gradients_per_training_step
+        if gradients_per_rollout is not NotProvided:
+            self.gradients_per_rollout = gradients_per_rollout
         return self
 
     @property
@@ -248,7 +256,7 @@ class A3CConfig(AlgorithmConfig):
         if self.num_epochs != 1 or self.minibatch_size is not None:
             self._value_error(
                 f"`num_epochs` ({self.num_epochs}) must be 1 and `minibatch_size` ({self.minibatch_size}) None. In "
-                "A3C, every rollout gives one gradient."
+                "A3C, every transition is learned from once; `gradients_per_rollout` divides a rollout."
             )
         for name in ("_env_to_module_connector", "_module_to_env_connector", "_learner_connector"):
             if getattr(self, name) is not None:
@@ -276,6 +284,12 @@ class A3CConfig(AlgorithmConfig):
             self._value_error(f"`optimizer` ({self.optimizer}) is refused by its class: {error}.")
         self._check_count("max_gradient_staleness", least=0)
         self._check_count("gradients_per_training_step", least=1)
+        parts, envs = self.gradients_per_rollout, self.num_envs_per_env_runner
+        if not isinstance(parts, int) or not 1 <= parts <= envs:
+            self._value_error(
+                f"`gradients_per_rollout` ({parts!r}) must be an integer from 1 to `num_envs_per_env_runner` ({envs}), "
+                "which it divides into parts."
+            )
         if uncalled := [name for name in episode_callbacks(self) if name != "on_episode_end"]:
             logger.warning(
                 f"A3C's training rollouts hold no episodes: {', '.join(uncalled)} will be called in evaluation only."

@@ -137,7 +137,7 @@ class GradientInfo:
     """
 
     signature: str
-    version: int = 0  # of the weights that acted and were differentiated
+    version: int = 0  # of the weights that were differentiated
     task_index: int = 0
     num_env_steps: int = 0
     needs_state: bool = False
@@ -163,6 +163,34 @@ class Rollout:
     last_features: dict[str, Tensor]  # of last_obs, as the module gave them
     # SAME_STEP: (t, n, obs, state) of truncations, whose last observation the env has replaced.
     final: list[tuple[int, int, Tensor, Any]]
+
+    def divide(self, count: int) -> list[Rollout]:
+        """The same transitions as `count` rollouts of N / count environments each, as equal as can be; views."""
+        if count == 1:
+            return [self]
+        num_envs = self.rewards.shape[1]
+        bounds = [num_envs * i // count for i in range(count + 1)]
+        return [self._of_envs(slice(a, b)) for a, b in itertools.pairwise(bounds)]
+
+    def _of_envs(self, part: slice) -> Rollout:
+        def first(state: Any) -> Any:  # its first axis
+            return None if state is None else tree.map_structure(lambda leaf: leaf[part], state)
+
+        return Rollout(
+            obs=self.obs[:, part],
+            actions=self.actions[:, part],
+            rewards=self.rewards[:, part],
+            terminated=self.terminated[:, part],
+            done=self.done[:, part],
+            valid=self.valid[:, part],
+            resets=self.resets[:, part],
+            last_obs=self.last_obs[part],
+            state=first(self.state),
+            last_state=first(self.last_state),
+            features={key: feature[:, part] for key, feature in self.features.items()},
+            last_features={key: feature[part] for key, feature in self.last_features.items()},
+            final=[(t, n - part.start, *rest) for t, n, *rest in self.final if part.start <= n < part.stop],
+        )
 
 
 class EpisodeSummary(SingleAgentEpisode):
@@ -209,6 +237,8 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         self._vector_env: Any = None
         self._next_step_reset = True
         self._layout: FlatParameters | None = None
+        self._pending: list[Rollout] = []  # parts of the last rollout that have given no gradient yet
+        self._acted_version = 0  # of the weights that acted in it
         self._has_learner_state = False
         self._restart_rollouts = self._env_is_new = True
         self._obs_buffer: Tensor | None = None
@@ -315,6 +345,9 @@ class A3CEnvRunner(SingleAgentEnvRunner):
     def compute_gradient(self, weights: Weights, *, report: bool = False) -> tuple[GradientInfo, np.ndarray | None]:
         """Takes `weights`, acts for `rollout_fragment_length` steps and differentiates A3C's loss.
 
+        With `gradients_per_rollout` n the environments of a rollout are divided into n parts: the first call acts and
+        differentiates the first part, the next n - 1 differentiate the others, each at the weights it is given.
+
         Args:
             weights: of the Learner's module.
             report: attach this EnvRunner's metrics since the last report.
@@ -327,8 +360,12 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             metrics = self.get_metrics() if report else None
             return GradientInfo(layout.signature, task_index=task_index, needs_state=True, metrics=metrics), None
         self.load_weights(weights)
-        rollout = self.collect_rollout()
+        if not self._pending or self._restart_rollouts:
+            self._pending = self.collect_rollout().divide(self.config.gradients_per_rollout)
+            self._acted_version = weights.version
+        rollout = self._pending.pop(0)
         gradient, stats = self.rollout_gradient(rollout)
+        stats["rollout_age"] = float(weights.version - self._acted_version)
         num_env_steps = int(rollout.valid.sum())
         info = GradientInfo(
             signature=layout.signature,
@@ -368,6 +405,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
 
     def _forget_layout(self) -> None:
         self._layout = None
+        self._pending.clear()
         self._last_features = None
         self._has_learner_state = False
 
