@@ -10,8 +10,9 @@ restart, or whose module has grown.
     algo.train()
 
 Departures from the paper: workers are processes with a vector of environments each, so a gradient averages over
-`num_envs_per_env_runner` rollouts; the loss is a mean, not a sum, over transitions; RMSProp adds epsilon outside the
-square root, as torch does; gradients older than `max_gradient_staleness` updates are dropped.
+`num_envs_per_env_runner` rollouts, or over a part of them (`gradients_per_rollout`: from the second part on the weights
+have moved since they acted, by the gradients before); the loss is a mean, not a sum, over transitions; RMSProp adds
+epsilon outside the square root, as torch does; gradients older than `max_gradient_staleness` updates are dropped.
 """
 
 from __future__ import annotations
