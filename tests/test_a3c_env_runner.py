@@ -338,6 +338,23 @@ def test_parts_of_a_rollout_make_up_its_gradient(autoreset: AutoresetMode, modul
         assert count == 1 or max(np.abs(gradient - whole).max() for gradient in gradients) > 1e-2
 
 
+@pytest.mark.parametrize("column", [[{"dense": 7}, {"dense": 5}], [{"dense": 7}, {"lstm": 5}]])
+def test_parts_take_the_frozen_columns_activations_along(column: list[dict[str, int]]) -> None:
+    runner = make_runner(ProgressiveRLModule, model_config={"progressive": {"column": column, "tasks": [{}] * 2}})
+    runner.module.grow({**runner.module.progress, "task_index": 1})
+    runner.set_state({COMPONENT_RL_MODULE: runner.module.get_state(), LEARNER_STAMP: 1})
+    rows = []
+    runner.module.network.columns[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    for _ in range(3):
+        rollout = runner.collect_rollout()
+        whole, _ = runner.rollout_gradient(rollout)
+        rows.clear()
+        parts = rollout.divide(2)
+        gradients = [part.valid.sum() * runner.rollout_gradient(part)[0] for part in parts]
+        np.testing.assert_allclose(sum(gradients) / rollout.valid.sum(), whole, rtol=5e-4, atol=2e-6)
+        assert not rows, "a frozen column was computed again"
+
+
 def test_every_part_is_differentiated_at_the_weights_it_is_given() -> None:
     runner = make_runner(gradients_per_rollout=2)
     runner.set_state({COMPONENT_RL_MODULE: runner.module.get_state(), LEARNER_STAMP: 1})
