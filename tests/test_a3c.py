@@ -644,11 +644,12 @@ def test_learns_quickly() -> None:
 
 @pytest.mark.slow
 def test_solves_cartpole() -> None:
-    """At least 450 of 500 over 100 episodes, within 400,000 env-steps (it took 110,000 when written)."""
+    """At least 450 of 500 over 100 episodes, within 400,000 env-steps (97,000 to 178,000 in five runs)."""
     config = (
         A3CConfig()
         .environment("CartPole-v1")
         .env_runners(num_env_runners=2, gym_env_vectorize_mode="vector_entry_point")
+        .training(lr=[[0, 1e-3], [200_000, 3e-4], [400_000, 5e-5]], entropy_coeff=[[0, 0.01], [150_000, 1e-3]])
         .debugging(seed=0)
     )
     algo = config.build_algo()
