@@ -2,8 +2,8 @@
 
 How to run:
 
-    python benchmarks/branch.py docs/results/pong_a3c/pong_one_gradient.yaml RUN/seed_0/checkpoint_000002 --steps 400000 \\
-        --set "{lr: 1.0e-3, entropy_coeff: 1.0e-4}"
+    python benchmarks/branch.py docs/results/pong_a3c/pong_one_gradient.yaml RUN/seed_0/checkpoint_000002 \\
+        --steps 400000 --set "{lr: 1.0e-3, entropy_coeff: 1.0e-4}"
 
 Takes the file's experiment with `--set` in its config, restores everything from the checkpoint (weights, optimizer,
 counters) and trains the task for so many steps more. Schedules in `--set` count from the task's start, not from the
