@@ -20,7 +20,8 @@ from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rllib_pnn.training.a3c import A3C, A3CConfig, A3CLearner, register_a3c
-from rllib_pnn.training.a3c_env_runner import FlatParameters, GradientInfo
+from rllib_pnn.training.a3c_env_runner import A3CEnvRunner, FlatParameters, GradientInfo, Weights
+from rllib_pnn.training.mailbox import Slot
 from rllib_pnn.training.progressive import make_progressive
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a Learner actor can't import a test module
@@ -340,6 +341,37 @@ def test_gradients_on_their_way_do_not_survive_a_restore(asynchronous: A3C, tmp_
     algo.restore_from_path(path)
     assert not algo._requests
     assert learner_result(algo.train())["num_gradients_applied_lifetime"] <= saved
+
+
+class FarEnvRunner(A3CEnvRunner):
+    """Sees no other process's memory."""
+
+    def load_weights(self, weights: Weights) -> bool:
+        return not isinstance(weights.values, Slot) and super().load_weights(weights)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memory without a name (Linux)")
+def test_env_runners_of_another_machine_get_arrays(asynchronous: A3C, tmp_path: Path) -> None:
+    asynchronous.train()
+    boxes = {request.mailbox for request in asynchronous._requests.values()}
+    assert boxes == set(asynchronous._mailboxes.values()) and len(boxes) == 2, "one for each EnvRunner here"
+    slots = {(request.actor_id, request.slot) for request in asynchronous._requests.values()}
+    assert slots == {(1, 0), (1, 1), (2, 0), (2, 1)}, "no two requests in the same place"
+
+    config = make_config(num_env_runners=2).env_runners(env_runner_cls=FarEnvRunner)
+    algo = config.env_runners(max_requests_in_flight_per_env_runner=2).build_algo()
+    try:
+        before = flat(module_of(algo))
+        for _ in range(2):
+            result = algo.train()
+        assert gradients_taken(learner_result(result)) >= 20
+        assert not np.array_equal(before, flat(module_of(algo)))
+        assert not algo._mailboxes and not any(request.mailbox for request in algo._requests.values())
+        algo.restore_from_path(algo.save(str(tmp_path / "checkpoint")).checkpoint.path)
+        algo.train()
+        assert not algo._mailboxes, "once is enough to find out"
+    finally:
+        algo.stop()
 
 
 def test_learner_actor() -> None:

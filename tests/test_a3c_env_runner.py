@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+import os
 from typing import Any
 
 import gymnasium as gym
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from rllib_pnn.training.a3c import A3CConfig
 from rllib_pnn.training.a3c_env_runner import LEARNER_STAMP, A3CEnvRunner, FlatParameters, Weights
 from rllib_pnn.training.a3c_loss import a3c_loss, n_step_advantages
+from rllib_pnn.training.mailbox import Mailbox
 from rllib_pnn.training.rl_module import ProgressiveRLModule
 
 OBS_SIZE = 6
@@ -595,6 +598,33 @@ def test_asks_for_a_full_state_until_it_has_the_learners() -> None:
     runner.set_state({COMPONENT_RL_MODULE: runner.module.get_state(), LEARNER_STAMP: 2})
     info, gradient = runner.compute_gradient(weights)
     assert info.needs_state and gradient is None and info.task_index == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memory without a name (Linux)")
+def test_weights_and_gradients_in_shared_memory_are_those_of_arrays() -> None:
+    apart, shared = make_runner(), make_runner()
+    state = {COMPONENT_RL_MODULE: apart.module.get_state(), LEARNER_STAMP: 2}
+    for runner in (apart, shared):
+        runner.set_state(state)
+    weights = weights_for(apart, 0.1)
+    mailbox = Mailbox.make(weights.values.size, 2)
+    for version, index in ((3, 0), (4, 1), (5, 1)):
+        mailbox.weights[index] = weights.values + version
+        torch.manual_seed(version)
+        _, expected = apart.compute_gradient(dataclasses.replace(weights, values=weights.values + version))
+        torch.manual_seed(version)
+        sent = dataclasses.replace(weights, version=version, values=mailbox.slot(index))
+        info, gradient = shared.compute_gradient(sent)
+        assert gradient is None and not info.needs_state and not info.needs_arrays and info.version == version
+        np.testing.assert_array_equal(mailbox.gradients[index], expected)
+    slot = mailbox.slot(0)
+    del mailbox
+    # A new memory that this process doesn't reach, as on another machine: nothing is done.
+    steps = len(env_of(shared).log)
+    elsewhere = dataclasses.replace(weights, version=6, values=dataclasses.replace(slot, name="elsewhere"))
+    info, gradient = shared.compute_gradient(elsewhere)
+    assert info.needs_arrays and not info.needs_state and gradient is None
+    assert len(env_of(shared).log) == steps and shared._weights_seq_no == 5
 
 
 def test_a_restored_learner_may_go_back_to_older_weights() -> None:

@@ -2,7 +2,8 @@
 
 Every EnvRunner computes the gradient of its own short rollout (a3c_env_runner.py); the Learner applies gradients in
 the order in which they arrive and answers each with the newest weights. EnvRunners never wait for one another. Per
-gradient one flat float32 vector travels in each direction; full module states travel only to EnvRunners that start,
+gradient one flat float32 vector travels in each direction, through memory that both processes have mapped where they
+run on one machine (mailbox.py), through Ray elsewhere; full module states travel only to EnvRunners that start,
 restart, or whose module has grown.
 
     from rllib_pnn.training.a3c import A3CConfig
@@ -18,6 +19,7 @@ epsilon outside the square root, as torch does; gradients older than `max_gradie
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections import defaultdict
@@ -72,6 +74,7 @@ from rllib_pnn.training.a3c_env_runner import (
     episode_callbacks,
 )
 from rllib_pnn.training.learner import results_of
+from rllib_pnn.training.mailbox import Mailbox
 from rllib_pnn.training.rmsprop import RMSPropTF
 from rllib_pnn.training.trouble import TrainingTrouble
 
@@ -536,6 +539,8 @@ class _Request:
     actor_id: int
     gradient: ray.ObjectRef
     weights: Any  # those it was sent: `Weights`, or the ref of what a Learner actor answers
+    mailbox: Mailbox | None = None  # that the weights stand in and the gradient is written to
+    slot: int = 0  # there
 
 
 def _compute_gradient(
@@ -582,6 +587,8 @@ class A3C(Algorithm):
         self._answered: set[int] = set()
         self._has_state: set[int] = set()  # EnvRunners that were sent the Learner's full module state
         self._reported: set[int] = set()  # asked for metrics in this training step
+        self._mailboxes: dict[int, Mailbox] = {}  # of EnvRunners
+        self._far: set[int] = set()  # EnvRunners that reach no mailbox: on another machine, for example
         super().setup(config)
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -658,15 +665,23 @@ class A3C(Algorithm):
         request = self._requests.pop(ref)  # a gradient is known by its request alone: none can be applied twice
         try:
             info = ray.get(ref)
-            gradient = ray.get(request.gradient) if self.learner_group.is_local else None
+            gradient = None
+            if request.mailbox is not None:
+                gradient = request.mailbox.gradients[request.slot]
+            elif self.learner_group.is_local:
+                gradient = ray.get(request.gradient)
         except RayError as error:
             _raise_what_failed(request.weights)
             self._lose(request.actor_id, error)
             return False
         if info.metrics is not None:
             self.metrics.aggregate([info.metrics], key=ENV_RUNNER_RESULTS)
-        if info.needs_state:
-            self._has_state.discard(request.actor_id)
+        if info.needs_state or info.needs_arrays:
+            if info.needs_state:
+                self._has_state.discard(request.actor_id)
+            if info.needs_arrays:
+                self._far.add(request.actor_id)
+                self._mailboxes.pop(request.actor_id, None)
             if go_on:
                 self._fill(request.actor_id)
             return False
@@ -708,8 +723,27 @@ class A3C(Algorithm):
                 self._has_state.add(actor_id)
             report = actor_id not in self._reported
             self._reported.add(actor_id)
-            info, gradient = actor.apply.options(num_returns=2).remote(_compute_gradient, weights, report, state)
-            self._requests[info] = _Request(actor_id, gradient, weights)
+            sent, slot = weights, 0
+            mailbox = self._mailbox_of(actor_id, len(weights.values)) if self.learner_group.is_local else None
+            if mailbox is not None:
+                taken = {r.slot for r in self._requests.values() if r.mailbox is mailbox}
+                slot = min(set(range(mailbox.num_slots)) - taken)
+                mailbox.weights[slot] = weights.values
+                sent = dataclasses.replace(weights, values=mailbox.slot(slot))
+            info, gradient = actor.apply.options(num_returns=2).remote(_compute_gradient, sent, report, state)
+            self._requests[info] = _Request(actor_id, gradient, weights, mailbox, slot)
+
+    def _mailbox_of(self, actor_id: int, size: int) -> Mailbox | None:
+        """Memory for vectors of `size` that is shared with an EnvRunner, if it can be."""
+        mailbox = self._mailboxes.get(actor_id)
+        if actor_id in self._far:
+            return None
+        if mailbox is not None and mailbox.size == size:
+            return mailbox
+        mailbox = Mailbox.make(size, self.config.max_requests_in_flight_per_env_runner)
+        if mailbox is not None:
+            self._mailboxes[actor_id] = mailbox
+        return mailbox
 
     def _take_learner_results(self) -> None:
         results = self.learner_group.foreach_learner(
@@ -759,6 +793,8 @@ class A3C(Algorithm):
             raise error
         self._requests = {ref: r for ref, r in self._requests.items() if r.actor_id != actor_id}
         self._has_state.discard(actor_id)
+        self._far.discard(actor_id)  # it may come back on another machine
+        self._mailboxes.pop(actor_id, None)
         self.env_runner_group._worker_manager.set_actor_state(actor_id, healthy=False)
         self._next_probe[actor_id] = 0.0
 
@@ -817,6 +853,7 @@ class A3C(Algorithm):
         """Gradients on their way belong to the weights before the restore."""
         self._requests.clear()
         self._has_state.clear()
+        self._mailboxes.clear()  # EnvRunners may still read and write them
 
 
 def _raise_what_failed(weights: Any) -> None:

@@ -49,6 +49,7 @@ from rllib_pnn.envs.score import EPISODE_SCORE, episode_scores
 from rllib_pnn.envs.stagger import cut_now, stagger_episodes
 from rllib_pnn.network.memory import lean_memory
 from rllib_pnn.training.a3c_loss import a3c_loss, n_step_advantages
+from rllib_pnn.training.mailbox import Mailbox, Slot
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +97,12 @@ class FlatParameters:
         digest = hashlib.sha256(described.encode()).hexdigest()[:16]
         self.signature = f"task {task_index}, {len(named)} parameters, {digest}"
         self._buffer = torch.empty(self.size)
+        self._parts = self.split(self._buffer)
 
     @torch.no_grad()
     def read(self) -> np.ndarray:
         """The parameters' values, (size,) float32. The array is reused by the next call."""
-        for parameter, part in zip(self.parameters, self.split(self._buffer), strict=True):
+        for parameter, part in zip(self.parameters, self._parts, strict=True):
             part.copy_(parameter)
         return self._buffer.numpy()
 
@@ -108,7 +110,7 @@ class FlatParameters:
     def write(self, values: np.ndarray) -> None:
         """Sets the parameters; `values` may be read-only."""
         np.copyto(self._buffer.numpy(), values)
-        for parameter, part in zip(self.parameters, self.split(self._buffer), strict=True):
+        for parameter, part in zip(self.parameters, self._parts, strict=True):
             parameter.copy_(part)
 
     def split(self, flat: Tensor) -> list[Tensor]:
@@ -121,7 +123,7 @@ class FlatParameters:
 class Weights:
     """What an EnvRunner needs for its next gradient. Arrays are valid until their owner's next call."""
 
-    values: np.ndarray  # (size,) float32
+    values: np.ndarray | Slot  # (size,) float32, or where they stand and the gradient is expected
     signature: str  # of the FlatParameters that `values` fits
     version: int  # updates applied so far
     entropy_coeff: float
@@ -133,7 +135,8 @@ class GradientInfo:
     """The stamp of a gradient: what the Learner needs to accept or refuse it, and what the rollout showed.
 
     `needs_state` says that the EnvRunner could not use the weights it was sent (it restarted, or the module grew) and
-    has done nothing: it wants a full module state first.
+    has done nothing: it wants a full module state first. `needs_arrays`: it has done nothing either, because it can't
+    reach the memory that the weights stand in.
     """
 
     signature: str
@@ -141,6 +144,7 @@ class GradientInfo:
     task_index: int = 0
     num_env_steps: int = 0
     needs_state: bool = False
+    needs_arrays: bool = False
     stats: dict[str, float] = field(default_factory=dict)
     metrics: ResultDict | None = None
 
@@ -239,6 +243,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         self._layout: FlatParameters | None = None
         self._pending: list[Rollout] = []  # parts of the last rollout that have given no gradient yet
         self._acted_version = 0  # of the weights that acted in it
+        self._mailbox: Mailbox | None = None
         self._has_learner_state = False
         self._restart_rollouts = self._env_is_new = True
         self._obs_buffer: Tensor | None = None
@@ -353,13 +358,18 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             report: attach this EnvRunner's metrics since the last report.
 
         Returns:
-            The stamp and the gradient, (size,) float32; None with `needs_state`.
+            The stamp and the gradient, (size,) float32; None where it stands in the slot that the weights were in, and
+            with `needs_state` or `needs_arrays`.
         """
         layout, task_index = self._get_layout(), self._module_task()
-        if not self._has_learner_state or weights.signature != layout.signature:
-            metrics = self.get_metrics() if report else None
-            return GradientInfo(layout.signature, task_index=task_index, needs_state=True, metrics=metrics), None
-        self.load_weights(weights)
+        slot = weights.values if isinstance(weights.values, Slot) else None
+        needs_state = not self._has_learner_state or weights.signature != layout.signature
+        if needs_state or not self.load_weights(weights):
+            info = GradientInfo(
+                layout.signature, task_index=task_index, needs_state=needs_state, needs_arrays=not needs_state
+            )
+            info.metrics = self.get_metrics() if report else None
+            return info, None
         if not self._pending or self._restart_rollouts:
             self._pending = self.collect_rollout().divide(self.config.gradients_per_rollout)
             self._acted_version = weights.version
@@ -376,14 +386,26 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         )
         if report:
             info.metrics = self.get_metrics()
-        return info, gradient
+        if slot is None:
+            return info, gradient
+        assert self._mailbox is not None
+        self._mailbox.gradients[slot.index] = gradient
+        return info, None
 
     def load_weights(self, weights: Weights) -> bool:
-        """Sets the trainable parameters; returns False, changing nothing, if they do not fit this module."""
+        """Sets the trainable parameters; returns False, changing nothing, if they do not fit this module or stand where
+        this process can't read them."""
         layout = self._get_layout()
         if weights.signature != layout.signature:
             return False
-        layout.write(weights.values)
+        values = weights.values
+        if isinstance(values, Slot):
+            if self._mailbox is None or self._mailbox.name != values.name:
+                self._mailbox = Mailbox.open(values)
+            if self._mailbox is None:
+                return False
+            values = self._mailbox.weights[values.index]
+        layout.write(values)
         self._weights_seq_no = weights.version
         self._entropy_coeff = weights.entropy_coeff
         self.num_env_steps_sampled_lifetime = weights.num_env_steps
