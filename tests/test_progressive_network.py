@@ -14,9 +14,10 @@ import numpy as np
 import paper_network
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rllib_pnn.network import ColumnSpec, ColumnStore, ProgressiveNetwork
+from rllib_pnn.network.column import HEADS
 
 ROOT = Path(__file__).parent.parent
 
@@ -375,6 +376,59 @@ def test_outputs_and_sources_in_one_pass_are_bit_equal(kind: str) -> None:
             wanted, _ = network.sources(obs, k, state)
             assert sources.keys() == wanted.keys()
             assert same(list(sources.values()), list(wanted.values()))
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("kind", [*SPECS, "recurrent", "atari"])
+def test_activations_in_memory_of_the_callers_are_bit_equal(kind: str, batch: int) -> None:
+    spec, shape = {**SPECS, "recurrent": (RECURRENT, (2, 9, 8)), "atari": ("atari", (4, 84, 84))}[kind]
+    network = make(4, spec, shape)
+    obs = observations(network, batch)
+    state = {key: torch.randn_like(h) for key, h in network.initial_state(batch).items()}
+    with torch.no_grad():
+        for k in range(4):
+            for _ in range(3):  # layer 1 of several columns at once, from the third time on
+                expected, wanted = network.forward_with_sources(obs, k, state)
+            memory = {n: torch.full(tensor.shape, torch.nan) for n, tensor in wanted.items()}
+            output, sources = network.forward_with_sources(obs, k, state, out=memory)
+            assert same([*output[:2], *output.state.values()], [*expected[:2], *expected.state.values()])
+            assert sources.keys() == wanted.keys() == memory.keys()
+            for n, tensor in wanted.items():
+                assert torch.equal(sources[n], tensor) and sources[n].shape == tensor.shape
+                assert sources[n].data_ptr() == memory[n].data_ptr(), "a copy is left to make"
+            # Memory that does not fit is left alone.
+            other = {
+                n: torch.full((tensor.numel() + 1,), torch.nan)[1:].view(tensor.shape) for n, tensor in wanted.items()
+            }
+            for misfit in (other, {n: torch.full((1, *t.shape[1:]), torch.nan).double() for n, t in wanted.items()}):
+                output, sources = network.forward_with_sources(obs, k, state, out=misfit)
+                assert same([*output[:2], *sources.values()], [*expected[:2], *wanted.values()])
+                assert all(tensor.isnan().all() for tensor in misfit.values())
+
+
+@pytest.mark.parametrize("kind", [*SPECS, "recurrent"])
+def test_a_head_alone_is_bit_equal_and_the_other_is_not_computed(kind: str) -> None:
+    spec, shape = SPECS.get(kind, (RECURRENT, (2, 9, 8)))
+    network = make(3, spec, shape)
+    obs = observations(network, 5)
+    state = {key: torch.randn_like(h) for key, h in network.initial_state(5).items()}
+    newest = network.columns[-1]
+    called: list[nn.Module] = []
+    for head in HEADS:
+        getattr(newest, head).register_forward_hook(lambda module, *_: called.append(module))
+        newest.laterals[head].register_forward_hook(lambda module, *_: called.append(module))
+    both = network(obs, state=state)
+    assert len(called) == 4
+    for head in HEADS:
+        for one_pass in (False, True):
+            called.clear()
+            if one_pass:
+                output, _ = network.forward_with_sources(obs, state=state, heads=(head,))
+            else:
+                output = network(obs, state=state, heads=(head,))
+            assert called == [getattr(newest, head), newest.laterals[head]]
+            expected = both._replace(**{"value" if head == "policy" else "logits": torch.empty(0)})
+            assert same([*output[:2], *output.state.values()], [*expected[:2], *expected.state.values()])
 
 
 def test_a_frozen_column_computes_the_same_bits_with_and_without_gradients() -> None:

@@ -186,6 +186,29 @@ def test_outputs_and_features_in_one_pass_are_those_of_two(recurrent):
     tree.map_structure(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), outputs, expected)
 
 
+def test_acting_computes_no_value_and_bootstrapping_no_policy():
+    module = grow(make())
+    newest, called = module.network.columns[-1], []
+    for head in ("policy", "value"):
+        getattr(newest, head).register_forward_hook(lambda *_, head=head: called.append(head))
+    expected = module.forward_train(batch())
+    assert sorted(called) == ["policy", "value"]
+    called.clear()
+    passes = (
+        (lambda: module.forward_exploration(batch())[Columns.ACTION_DIST_INPUTS], "policy"),
+        (lambda: module.forward_inference(batch())[Columns.ACTION_DIST_INPUTS], "policy"),
+        (lambda: module.forward_with_features(batch())[0][Columns.ACTION_DIST_INPUTS], "policy"),
+        (lambda: module.compute_values(batch()), "value"),
+    )
+    for outputs, head in passes:
+        with torch.no_grad():
+            found = outputs()
+        assert called == [head]
+        key = Columns.ACTION_DIST_INPUTS if head == "policy" else Columns.EMBEDDINGS
+        torch.testing.assert_close(found, expected[key])
+        called.clear()
+
+
 def test_a_subclass_with_a_forward_pass_of_its_own_still_has_features():
     class Own(ProgressiveRLModule):
         def _forward(self, batch, **kwargs):

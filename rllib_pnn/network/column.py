@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ class LSTMState(NamedTuple):
 class ColumnOutput(NamedTuple):
     """What a column computes: policy `logits` (B, A), `value` (B,), the state after the last step.
 
-    Recurrent columns give (B, T, A) and (B, T).
+    Recurrent columns give (B, T, A) and (B, T). A head that was not asked for has no numbers, (0,).
     """
 
     logits: Tensor
@@ -247,7 +247,7 @@ class Column(nn.Module):
         transform: Transform | None = None,
         activations: list[Tensor] | None = None,
         first: Tensor | None = None,
-        heads: bool = True,
+        heads: Collection[str] = HEADS,
     ) -> tuple[Tensor | None, Tensor | None, LSTMState | None]:
         """Computes the column.
 
@@ -261,10 +261,10 @@ class Column(nn.Module):
             transform: replaces post-activation outputs (perturbation analysis).
             activations: a list that collects h_1 .. h_L.
             first: h_1 where it is known already (see together.py).
-            heads: False leaves policy and value out (a frozen column whose activations alone are wanted).
+            heads: which of "policy" and "value" to compute; none where a frozen column's activations alone are wanted.
 
         Returns:
-            logits (B*T, A), value (B*T,), state after the last step.
+            logits (B*T, A), value (B*T,), state after the last step; None for a head that is not computed.
         """
         h = obs
         states: list[tuple[Tensor, Tensor]] = []
@@ -300,16 +300,14 @@ class Column(nn.Module):
             if activations is not None:
                 activations.append(h)
         state_out = LSTMState(*(torch.cat(parts, dim=1) for parts in zip(*states, strict=True))) if states else None
-        if not heads:
-            return None, None, state_out
-        h = h.flatten(1)
-        outputs = []
-        for head in HEADS:
-            out = getattr(self, head)(h)
+        outputs: dict[str, Tensor] = {}
+        for head in heads:
+            out = getattr(self, head)(h.flatten(1))
             if head in self.laterals:
                 out = out.add_(self.laterals[head](sources[len(self.layers)]))
-            outputs.append(out)
-        return outputs[0], outputs[1].squeeze(1), state_out
+            outputs[head] = out
+        value = outputs.get("value")
+        return outputs.get("policy"), None if value is None else value.squeeze(1), state_out
 
     def _lateral(self, key: str) -> Lateral | None:
         return self.laterals[key] if key in self.laterals else None  # noqa: SIM401 (a ModuleDict has no get)

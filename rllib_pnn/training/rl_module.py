@@ -26,7 +26,7 @@ from ray.rllib.utils.annotations import override
 from ray.rllib.utils.typing import StateDict
 from torch import Tensor, nn
 
-from rllib_pnn.network.column import Column, ColumnLayout, ColumnOutput
+from rllib_pnn.network.column import HEADS, Column, ColumnLayout, ColumnOutput
 from rllib_pnn.network.progressive import ProgressiveNetwork, interleaved
 from rllib_pnn.network.spec import ColumnSpec
 
@@ -190,19 +190,25 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
             return interleaved(obs)
         return obs.contiguous(memory_format=torch.channels_last)
 
-    def _evaluate(self, batch: Mapping[str, Any]) -> ColumnOutput:
+    def _evaluate(self, batch: Mapping[str, Any], heads: Collection[str] = HEADS) -> ColumnOutput:
         sources = None
         if self._source_keys and next(iter(self._source_keys.values())) in batch:
             sources = {n: batch[key] for n, key in self._source_keys.items()}
-        output = self.network(batch[Columns.OBS], state=batch.get(Columns.STATE_IN), sources=sources)
+        output = self.network(batch[Columns.OBS], state=batch.get(Columns.STATE_IN), sources=sources, heads=heads)
         if output.state and sources is not None and SOURCES + "h" in batch:
             width = self._frozen_width
             moved = {k: torch.cat([batch[SOURCES + k][:, :width], output.state[k][:, width:]], 1) for k in _STATE_KEYS}
             output = output._replace(state=moved)
         return output
 
-    def forward_with_features(self, batch: dict[str, Any], **kwargs: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def forward_with_features(
+        self, batch: dict[str, Any], *, out: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """`forward_exploration` and `frozen_features` of one time step in one pass, which is less work than two.
+
+        Args:
+            out: memory for features, of the shapes in which they are returned. They need not be there: it is used where
+                that saves work.
 
         Returns:
             The outputs, and the features that a later training batch takes: those of `frozen_features` without the
@@ -211,17 +217,28 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         if any(getattr(type(self), name) is not getattr(ProgressiveRLModule, name) for name in _ONE_PASS):
             features = self.frozen_features(batch)  # a subclass's own pass may know nothing of `with_features`
             return self.forward_exploration({**batch, **features}, **kwargs), features
-        output = self.forward_exploration(batch, with_features=True, **kwargs)
+        output = self.forward_exploration(batch, with_features=True, features_out=out, **kwargs)
         return output, {key: output.pop(key) for key in self._source_keys.values()}
 
     @override(RLModule)
-    def _forward(self, batch: dict[str, Any], with_features: bool = False, **kwargs: Any) -> dict[str, Any]:
+    def _forward(
+        self,
+        batch: dict[str, Any],
+        with_features: bool = False,
+        features_out: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         sources: dict[int, Tensor] = {}
         if with_features:
             obs, state = batch[Columns.OBS], batch.get(Columns.STATE_IN)
-            output, sources = self.network.forward_with_sources(obs, state=state)
+            out = (
+                {n: features_out[key] for n, key in self._source_keys.items() if key in features_out}
+                if features_out
+                else None
+            )
+            output, sources = self.network.forward_with_sources(obs, state=state, heads=("policy",), out=out)
         else:
-            output = self._evaluate(batch)
+            output = self._evaluate(batch, heads=("policy",))
         result: dict[str, Any] = {Columns.ACTION_DIST_INPUTS: output.logits}
         if output.state:
             result[Columns.STATE_OUT] = output.state
@@ -239,7 +256,7 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
     @override(ValueFunctionAPI)
     def compute_values(self, batch: dict[str, Any], embeddings: Tensor | None = None) -> Tensor:
         """V(s), (B,) or (B, T); `embeddings` are what `_forward_train` returned under that key."""
-        return self._evaluate(batch).value if embeddings is None else embeddings
+        return self._evaluate(batch, heads=("value",)).value if embeddings is None else embeddings
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -326,7 +343,7 @@ class ProgressiveTargetRLModule(ProgressiveRLModule, TargetNetworkAPI):
         network.columns[-1] = self._target_column
         try:
             with torch.no_grad():
-                return {TARGET_NETWORK_ACTION_DIST_INPUTS: self._evaluate(batch).logits}
+                return {TARGET_NETWORK_ACTION_DIST_INPUTS: self._evaluate(batch, heads=("policy",)).logits}
         finally:
             network.columns[-1] = newest
 
