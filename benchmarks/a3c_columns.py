@@ -1,12 +1,14 @@
 """What a further column costs A3C where it counts: whole rollouts and their gradients, env and all, K columns in turns.
 
-How to run: `python benchmarks/a3c_columns.py [--columns 1 2 4 8] [--envs 16] [--rollouts 60] [--output FILE]`. One
-process, one thread, an EnvRunner for each K on Pong with the `atari` column; they take turns rollout by rollout, so
-that a machine that gets slower meanwhile treats them alike (whole trainings, one after the other, differ by a quarter
-from one turn to the next: see `a3c_throughput.py`). What travels between processes is not in it.
+How to run: `python benchmarks/a3c_columns.py [--columns 1 2 4 8] [--envs 16] [--rollout 8] [--parts 1] [--rollouts 60]
+[--output FILE]`. One process, one thread, an EnvRunner for each K on Pong with the `atari` column; they take turns
+rollout by rollout, so that a machine that gets slower meanwhile treats them alike (whole trainings, one after the
+other, differ by a quarter from one turn to the next: see `a3c_throughput.py`). What travels between processes is not
+in it.
 
 Wall time in microseconds an env-step, medians: `env` the emulator, `act` all columns acting, the frozen ones'
-activations kept, `gradient` a rollout's gradient, `all` with everything between. `rate` is that of the first K over it.
+activations kept, `gradient` a rollout's gradients, `all` with everything between. `rate` is that of the first K over
+it.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--columns", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K")
     parser.add_argument("--envs", type=int, default=16)
     parser.add_argument("--rollout", type=int, default=8, help="T")
+    parser.add_argument("--parts", type=int, default=1, help="gradients of a rollout, each of its share of the envs")
     parser.add_argument("--rollouts", type=int, default=60, help="of each K; the first tenth warms up")
     parser.add_argument("--output", type=Path, help="JSON with every rollout's figures")
     arguments = parser.parse_args()
@@ -80,7 +83,8 @@ def main() -> None:
             start = time.perf_counter()
             rollout = runner.collect_rollout()
             middle = time.perf_counter()
-            runner.rollout_gradient(rollout)
+            for part in rollout.divide(arguments.parts):
+                runner.rollout_gradient(part)
             end = time.perf_counter()
             spent["gradient", k].append((end - middle) * per_step)
             spent["all", k].append((end - start) * per_step)

@@ -271,20 +271,20 @@ def test_env_runners_do_not_wait_for_one_another(asynchronous: A3C) -> None:
 def test_a_killed_env_runner_is_replaced_and_no_gradient_applied_twice(asynchronous: A3C) -> None:
     algo = asynchronous
     learner, seen, staleness, sent = algo.learner_group._learner, [], [], []
-    apply_gradient, take_gradient = learner.apply_gradient, algo._take_gradient
+    apply_gradient, take_request = learner.take_gradient, algo._take_gradient
     applied_before, stale_before = learner.current_weights().version, learner._num_dropped["stale"]
 
     def take(ref: ray.ObjectRef) -> bool:
         sent.append(algo._requests[ref].weights.version)
-        return take_gradient(ref)
+        return take_request(ref)
 
-    def record(info: GradientInfo, gradient: np.ndarray) -> Any:
+    def record(info: GradientInfo, gradient: np.ndarray) -> None:
         seen.append((info.num_env_steps, gradient.tobytes()))
         assert info.version == sent[-1], "not of the weights that the EnvRunner was sent"
         staleness.append(learner.current_weights().version - info.version)
-        return apply_gradient(info, gradient)
+        apply_gradient(info, gradient)
 
-    algo._take_gradient, learner.apply_gradient = take, record
+    algo._take_gradient, learner.take_gradient = take, record
     victim = ray.get(algo.env_runner_group._worker_manager._actors[1].apply.remote(lambda runner: os.getpid()))
     os.kill(victim, signal.SIGKILL)
     num_train_calls, deadline = 0, time.monotonic() + 90
@@ -297,7 +297,7 @@ def test_a_killed_env_runner_is_replaced_and_no_gradient_applied_twice(asynchron
     assert len(seen) > 30, "the other EnvRunner was held up"
     for _ in range(3):
         result = algo.train()
-    del learner.apply_gradient, algo._take_gradient
+    del learner.take_gradient, algo._take_gradient
     assert result["fault_tolerance"]["num_healthy_workers"] == 2
     # The new one works, with the Learner's weights.
     states = algo.env_runner_group.foreach_env_runner(lambda r: r.has_learner_state, local_env_runner=False)

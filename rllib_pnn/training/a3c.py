@@ -348,19 +348,28 @@ class A3CLearner(TorchLearner):
         )
 
     def apply_gradient(self, info: GradientInfo, gradient: np.ndarray) -> Weights:
-        """Applies an EnvRunner's gradient, unless there is a reason not to, and returns the newest weights.
+        """`take_gradient()`, and the newest weights."""
+        self.take_gradient(info, gradient)
+        return self.current_weights()
+
+    def take_gradient(self, info: GradientInfo, gradient: np.ndarray) -> None:
+        """Applies an EnvRunner's gradient, unless there is a reason not to.
 
         Args:
             info: the gradient's stamp.
-            gradient: (size,) float32; may be read-only.
+            gradient: (size,) float32; may be read-only, and is else clipped where it stands.
         """
         start = time.perf_counter()
         layout = self._get_layout()
         self._num_env_steps += info.num_env_steps
         reason = self._reason_to_drop(info, gradient, layout)
         if reason is None:
-            np.copyto(self._gradient_buffer.numpy(), gradient)
-            self._flat_gradient = self._gradient_buffer.to(self._device)
+            if gradient.flags.writeable:
+                host = torch.from_numpy(gradient)
+            else:  # torch has no read-only tensors and warns of them
+                host = self._gradient_buffer
+                np.copyto(host.numpy(), gradient)
+            self._flat_gradient = host.to(self._device)
             self._gradient_norm = float(torch.linalg.vector_norm(self._flat_gradient))
             reason = None if np.isfinite(self._gradient_norm) else "not_finite"
         if reason is not None:
@@ -370,13 +379,17 @@ class A3CLearner(TorchLearner):
             self._note(info)
             self._update_parameters(layout)
         self._apply_seconds += time.perf_counter() - start
-        return self.current_weights()
 
-    def current_weights(self) -> Weights:
-        """The trainable parameters and what else a rollout needs. The array is reused by the next call."""
+    @property
+    def vector_size(self) -> int:
+        """Numbers in a gradient and in the weights."""
+        return self._get_layout().size
+
+    def current_weights(self, out: np.ndarray | None = None) -> Weights:
+        """What a rollout needs; the parameters in `out`, or in an array that the next call reuses."""
         layout = self._get_layout()
         return Weights(
-            values=layout.read(),
+            values=layout.read(out),
             signature=layout.signature,
             version=self._weights_seq_no,
             entropy_coeff=self._entropy_coeff,
@@ -685,8 +698,9 @@ class A3C(Algorithm):
             if go_on:
                 self._fill(request.actor_id)
             return False
+        weights = None
         if self.learner_group.is_local:
-            weights = self._learner.apply_gradient(info, gradient)
+            self._learner.take_gradient(info, gradient)
         else:
             # Refs all the way: the gradient goes to the Learner and the weights to the EnvRunner without passing here.
             weights = self._learner.apply_gradient.remote(ref, request.gradient)
@@ -706,44 +720,44 @@ class A3C(Algorithm):
             late = self.env_runner_group.foreach_env_runner(lambda runner: runner.get_metrics(), local_env_runner=False)
             self.metrics.aggregate(late, key=ENV_RUNNER_RESULTS)
 
-    def _fill(self, actor_id: int, weights: Any = None) -> None:
-        """Sends requests to an EnvRunner until as many as allowed are on their way."""
+    def _fill(self, actor_id: int, weights: ray.ObjectRef | None = None) -> None:
+        """Sends requests to an EnvRunner until as many as allowed are on their way.
+
+        Args:
+            weights: what a Learner actor will answer; None: the newest.
+        """
         open_requests = sum(r.actor_id == actor_id for r in self._requests.values())
-        missing = self.config.max_requests_in_flight_per_env_runner - open_requests
-        if missing <= 0:
-            return
-        if weights is None:
-            local = self.learner_group.is_local
-            weights = self._learner.current_weights() if local else self._learner.current_weights.remote()
         actor = self.env_runner_group._worker_manager._actors[actor_id]
-        for _ in range(missing):
+        for _ in range(self.config.max_requests_in_flight_per_env_runner - open_requests):
             state = None
             if actor_id not in self._has_state:
                 state = ray.put(self._get_module_state())
                 self._has_state.add(actor_id)
             report = actor_id not in self._reported
             self._reported.add(actor_id)
-            sent, slot = weights, 0
-            mailbox = self._mailbox_of(actor_id, len(weights.values)) if self.learner_group.is_local else None
-            if mailbox is not None:
-                taken = {r.slot for r in self._requests.values() if r.mailbox is mailbox}
-                slot = min(set(range(mailbox.num_slots)) - taken)
-                mailbox.weights[slot] = weights.values
-                sent = dataclasses.replace(weights, values=mailbox.slot(slot))
+            sent: Any = weights
+            mailbox, slot = None, 0
+            if self.learner_group.is_local:
+                sent, mailbox, slot = self._weights_for(actor_id)
+            elif weights is None:
+                sent = weights = self._learner.current_weights.remote()
             info, gradient = actor.apply.options(num_returns=2).remote(_compute_gradient, sent, report, state)
-            self._requests[info] = _Request(actor_id, gradient, weights, mailbox, slot)
+            self._requests[info] = _Request(actor_id, gradient, sent, mailbox, slot)
 
-    def _mailbox_of(self, actor_id: int, size: int) -> Mailbox | None:
-        """Memory for vectors of `size` that is shared with an EnvRunner, if it can be."""
-        mailbox = self._mailboxes.get(actor_id)
-        if actor_id in self._far:
-            return None
-        if mailbox is not None and mailbox.size == size:
-            return mailbox
-        mailbox = Mailbox.make(size, self.config.max_requests_in_flight_per_env_runner)
-        if mailbox is not None:
+    def _weights_for(self, actor_id: int) -> tuple[Weights, Mailbox | None, int]:
+        """The local Learner's newest weights for a request, and where they stand if that is in shared memory."""
+        mailbox, size = self._mailboxes.get(actor_id), self._learner.vector_size
+        if mailbox is None or mailbox.size != size:
+            mailbox = None
+            if actor_id not in self._far:
+                mailbox = Mailbox.make(size, self.config.max_requests_in_flight_per_env_runner)
+            if mailbox is None:
+                return self._learner.current_weights(), None, 0
             self._mailboxes[actor_id] = mailbox
-        return mailbox
+        taken = {r.slot for r in self._requests.values() if r.mailbox is mailbox}
+        slot = min(set(range(mailbox.num_slots)) - taken)
+        weights = self._learner.current_weights(out=mailbox.weights[slot])
+        return dataclasses.replace(weights, values=mailbox.slot(slot)), mailbox, slot
 
     def _take_learner_results(self) -> None:
         results = self.learner_group.foreach_learner(

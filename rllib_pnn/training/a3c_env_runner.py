@@ -100,17 +100,22 @@ class FlatParameters:
         self._parts = self.split(self._buffer)
 
     @torch.no_grad()
-    def read(self) -> np.ndarray:
-        """The parameters' values, (size,) float32. The array is reused by the next call."""
-        for parameter, part in zip(self.parameters, self._parts, strict=True):
+    def read(self, out: np.ndarray | None = None) -> np.ndarray:
+        """The parameters' values, (size,) float32: in `out`, or in an array that the next call reuses."""
+        parts = self._parts if out is None else self.split(torch.from_numpy(out))
+        for parameter, part in zip(self.parameters, parts, strict=True):
             part.copy_(parameter)
-        return self._buffer.numpy()
+        return self._buffer.numpy() if out is None else out
 
     @torch.no_grad()
     def write(self, values: np.ndarray) -> None:
         """Sets the parameters; `values` may be read-only."""
-        np.copyto(self._buffer.numpy(), values)
-        for parameter, part in zip(self.parameters, self._parts, strict=True):
+        parts = self._parts
+        if values.flags.writeable:
+            parts = self.split(torch.from_numpy(values))
+        else:  # torch has no read-only tensors and warns of them
+            np.copyto(self._buffer.numpy(), values)
+        for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.copy_(part)
 
     def split(self, flat: Tensor) -> list[Tensor]:
@@ -163,7 +168,7 @@ class Rollout:
     last_obs: Tensor  # (N, ...)
     state: Any  # before the first step; None if feed-forward
     last_state: Any
-    features: dict[str, Tensor]  # (T, N, ...), the module's `frozen_features`
+    features: dict[str, Tensor]  # (T, N, ...), the module's `frozen_features`; reused by the next rollout
     last_features: dict[str, Tensor]  # of last_obs, as the module gave them
     # SAME_STEP: (t, n, obs, state) of truncations, whose last observation the env has replaced.
     final: list[tuple[int, int, Tensor, Any]]
@@ -224,8 +229,8 @@ class A3CEnvRunner(SingleAgentEnvRunner):
 
     Works with any TorchRLModule that has `ValueFunctionAPI`. A module that also has
     `frozen_features(batch) -> dict[str, Tensor]` gets them computed once per observation; they are passed back under
-    the same keys in every batch that holds this observation. With `forward_with_features(batch, t=...)` it may give
-    them along with the outputs of `forward_exploration`, in one pass.
+    the same keys in every batch that holds this observation. With `forward_with_features(batch, t=..., out=...)` it may
+    give them along with the outputs of `forward_exploration`, in one pass, and write them to where they are kept.
     """
 
     # RLlib declares these as optional or by their bases; they are set before use.
@@ -247,6 +252,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         self._has_learner_state = False
         self._restart_rollouts = self._env_is_new = True
         self._obs_buffer: Tensor | None = None
+        self._feature_buffers: dict[str, Tensor] = {}  # (T, N, ...), as `_obs_buffer` reused by the next rollout
         # Where the next rollout goes on: observations and recurrent states (N, ...), and which envs reset next (N,).
         self._obs: np.ndarray = np.empty(0)
         self._state: Any = None
@@ -362,7 +368,6 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             with `needs_state` or `needs_arrays`.
         """
         layout, task_index = self._get_layout(), self._module_task()
-        slot = weights.values if isinstance(weights.values, Slot) else None
         needs_state = not self._has_learner_state or weights.signature != layout.signature
         if needs_state or not self.load_weights(weights):
             info = GradientInfo(
@@ -374,7 +379,11 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             self._pending = self.collect_rollout().divide(self.config.gradients_per_rollout)
             self._acted_version = weights.version
         rollout = self._pending.pop(0)
-        gradient, stats = self.rollout_gradient(rollout)
+        out = None
+        if isinstance(weights.values, Slot):
+            assert self._mailbox is not None
+            out = self._mailbox.gradients[weights.values.index]
+        gradient, stats = self.rollout_gradient(rollout, out)
         stats["rollout_age"] = float(weights.version - self._acted_version)
         num_env_steps = int(rollout.valid.sum())
         info = GradientInfo(
@@ -386,11 +395,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         )
         if report:
             info.metrics = self.get_metrics()
-        if slot is None:
-            return info, gradient
-        assert self._mailbox is not None
-        self._mailbox.gradients[slot.index] = gradient
-        return info, None
+        return info, gradient if out is None else None
 
     def load_weights(self, weights: Weights) -> bool:
         """Sets the trainable parameters; returns False, changing nothing, if they do not fit this module or stand where
@@ -428,6 +433,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
     def _forget_layout(self) -> None:
         self._layout = None
         self._pending.clear()
+        self._feature_buffers = {}
         self._last_features = None
         self._has_learner_state = False
 
@@ -461,14 +467,18 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         valid = np.empty((length, num_envs), dtype=bool)
         resets = np.empty((length, num_envs), dtype=bool)
         actions: list[Tensor] = []
-        features: list[dict[str, Tensor]] = []
+        features = self._feature_buffers
         final: list[tuple[int, int, Tensor, Any]] = []
         first_state = self._state
 
         for t in range(length):
             obs[t].copy_(torch.from_numpy(self._obs))
-            out, step_features = self._act(self._make_batch(obs[t], self._state))
-            features.append(step_features)
+            out, step_features = self._act(self._make_batch(obs[t], self._state), t)
+            for key, feature in step_features.items():
+                if key not in features:
+                    features[key] = feature.new_empty((length, *feature.shape))
+                if features[key][t].data_ptr() != feature.data_ptr():
+                    features[key][t].copy_(feature)
             logits = out[Columns.ACTION_DIST_INPUTS]
             action = distribution.from_logits(logits.squeeze(1) if recurrent else logits).sample()
             actions.append(action)
@@ -511,7 +521,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             last_obs=last_obs,
             state=first_state,
             last_state=self._state,
-            features={key: torch.stack([f[key] for f in features]) for key in features[0]},
+            features=dict(features),
             last_features=last_features,
             final=final,
         )
@@ -536,6 +546,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         self._episode_starts = np.full(self.num_envs, time.perf_counter())
         self._state = self._initial_states(self.num_envs) if self.module.is_stateful() else None
         self._last_features = None
+        self._feature_buffers = {}
         self._restart_rollouts = False
         # RLlib's sample() must not go on from where rollouts are.
         self._needs_initial_reset = True
@@ -649,14 +660,15 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             return {Columns.OBS: obs}
         return {Columns.OBS: obs.unsqueeze(1), Columns.STATE_IN: state}
 
-    def _act(self, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The module's outputs for one time step and its frozen features, (B, ...), to be kept for the gradient.
+    def _act(self, batch: dict[str, Any], t: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The module's outputs for step `t` and its frozen features, (B, ...), to be kept for the gradient.
 
         Features of the last rollout's last step are not computed again.
         """
         module, steps, recurrent = self.module, self.num_env_steps_sampled_lifetime, self._state is not None
         if self._last_features is None and hasattr(module, "forward_with_features"):
-            out, features = module.forward_with_features(batch, t=steps)
+            place = {} if recurrent else {key: buffer[t] for key, buffer in self._feature_buffers.items()}
+            out, features = module.forward_with_features(batch, t=steps, out=place)
         else:
             features = self._frozen_features(batch) if self._last_features is None else self._last_features
             out = module.forward_exploration({**batch, **features}, t=steps)
@@ -691,11 +703,11 @@ class A3CEnvRunner(SingleAgentEnvRunner):
 
     # -- learning ------------------------------------------------------------------------------------------------
 
-    def rollout_gradient(self, rollout: Rollout) -> tuple[np.ndarray, dict[str, float]]:
+    def rollout_gradient(self, rollout: Rollout, out: np.ndarray | None = None) -> tuple[np.ndarray, dict[str, float]]:
         """Gradient of A3C's loss on a rollout with respect to the trainable parameters.
 
         Returns:
-            (size,) float32 and the loss terms.
+            (size,) float32, in `out` if that is given, and the loss terms.
         """
         start = time.perf_counter()
         layout = self._get_layout()
@@ -732,10 +744,11 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             vf_loss_coeff=self.config.vf_loss_coeff,
             entropy_coeff=self._entropy_coeff,
         )
-        gradient = np.empty(0, dtype=np.float32)
+        gradient = np.empty(layout.size, dtype=np.float32) if out is None else out
         if layout.parameters:  # none while everything is frozen
             gradients = torch.autograd.grad(loss.total, layout.parameters, allow_unused=True, materialize_grads=True)
-            gradient = torch.cat([g.reshape(-1) for g in gradients]).cpu().numpy()
+            for part, one in zip(layout.split(torch.from_numpy(gradient)), gradients, strict=True):
+                part.copy_(one)
         names = ("total_loss", "policy_loss", "vf_loss", "entropy")
         stats = dict(zip(names, torch.stack([term.detach() for term in loss]).tolist(), strict=True))
         spread = returns[rollout.valid].var() if rollout.valid.any() else 0.0
