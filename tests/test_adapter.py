@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rllib_pnn.network.adapter import Adapter, LinearLateral, ScaledProduct
+from rllib_pnn.network.adapter import Adapter, ChannelsLastProduct, LinearLateral, ScaledProduct
 
 
 def parameters_of(module: nn.Module) -> dict[str, np.ndarray]:
@@ -130,6 +130,25 @@ def test_gradients_of_the_dense_product_equal_autograds_own(widths: tuple[int, .
     for wanted in ([0], [1], [2], [3], [0, 1], [1, 2, 3], [0, 1, 2, 3]):
         given = [o.detach().requires_grad_(i in wanted) for i, o in enumerate(operands)]
         found = torch.autograd.grad(ScaledProduct.apply(*given, widths), [given[i] for i in wanted], upstream)
+        for i, gradient in zip(wanted, found, strict=True):
+            torch.testing.assert_close(gradient, expected[i])
+
+
+def test_gradients_of_the_channels_last_product_equal_autograds_own() -> None:
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((4, 5, 6), (3, 5), (3,))  # maps, weight, bias
+    operands = [torch.randn(*s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    maps, weight, bias = operands
+    out = ChannelsLastProduct.apply(*operands)
+    assert out.shape == (4, 6, 3) and out.is_contiguous()
+    plain = (weight @ maps + bias.view(-1, 1)).relu().transpose(1, 2)
+    torch.testing.assert_close(out, plain)
+    assert 0 < (out > 0).sum() < out.numel()
+    upstream = torch.randn(4, 6, 3, generator=generator, dtype=torch.float64)
+    expected = torch.autograd.grad(plain, operands, upstream)
+    for wanted in ([0], [1], [2], [1, 2], [0, 1, 2]):
+        given = [o.detach().requires_grad_(i in wanted) for i, o in enumerate(operands)]
+        found = torch.autograd.grad(ChannelsLastProduct.apply(*given), [given[i] for i in wanted], upstream)
         for i, gradient in zip(wanted, found, strict=True):
             torch.testing.assert_close(gradient, expected[i])
 

@@ -95,6 +95,34 @@ class ScaledProduct(torch.autograd.Function):
         return for_sources, for_scale, for_weight, for_bias, None
 
 
+class ChannelsLastProduct(torch.autograd.Function):
+    """g(W h + c) for maps h (B, C, P) of P pixels, W (M, C), g = ReLU: (B, P, M), which is channels last in memory.
+
+    Products of matrices with a side of a few maps are fast where the pixels are the other side. Autograd's own gradient
+    of the transposed product has them in the middle, and takes half as long again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        products = torch.baddbmm(bias.view(1, -1, 1), weight.expand(len(maps), -1, -1), maps).transpose(1, 2)
+        out = torch.clamp_min(products, 0.0, out=products.new_empty(products.shape))
+        ctx.save_for_backward(maps, weight, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        maps, weight, out = ctx.saved_tensors
+        gradient = torch.ops.aten.threshold_backward(gradients[0], out, 0.0).transpose(1, 2)  # (B, M, P)
+        for_maps = for_weight = for_bias = None
+        if ctx.needs_input_grad[0]:
+            for_maps = weight.t() @ gradient
+        if ctx.needs_input_grad[1]:
+            for_weight = torch.bmm(gradient, maps.transpose(1, 2)).sum(0)
+        if ctx.needs_input_grad[2]:
+            for_bias = gradient.sum((0, 2))
+        return for_maps, for_weight, for_bias
+
+
 def _scaled_product(
     sources: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, widths: tuple[int, ...]
 ) -> Tensor:
@@ -156,9 +184,8 @@ class Adapter(nn.Module):
         weight = layer.weight.flatten(1) * self.feature_scale()
         bias: Tensor = layer.bias  # type: ignore[assignment]  # made with one
         maps, size = sources.flatten(2), sources.shape[2:]
-        if layout == torch.channels_last:  # the transposed product lies so by itself, as do the gradients through it
-            products = torch.baddbmm(bias, maps.transpose(1, 2), weight.t().expand(len(maps), -1, -1)).relu_()
-            return products.unflatten(1, size).permute(0, 3, 1, 2)
+        if layout == torch.channels_last:
+            return ChannelsLastProduct.apply(maps, weight, bias).unflatten(1, size).permute(0, 3, 1, 2)
         products = torch.baddbmm(bias.view(1, -1, 1), weight.expand(len(maps), -1, -1), maps).relu_()
         return products.unflatten(2, size)
 
