@@ -21,8 +21,8 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rllib_pnn.training.a3c import A3C, A3CConfig, A3CLearner, register_a3c
 from rllib_pnn.training.a3c_env_runner import A3CEnvRunner, FlatParameters, GradientInfo, Weights
-from rllib_pnn.training.mailbox import Slot
 from rllib_pnn.training.progressive import make_progressive
+from rllib_pnn.training.shared_memory import Slot
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a Learner actor can't import a test module
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from rllib_pnn.training.a3c import A3CConfig
 from rllib_pnn.training.a3c_env_runner import LEARNER_STAMP, A3CEnvRunner, FlatParameters, Weights
 from rllib_pnn.training.a3c_loss import a3c_loss, n_step_advantages
-from rllib_pnn.training.mailbox import Mailbox
 from rllib_pnn.training.rl_module import ProgressiveRLModule
+from rllib_pnn.training.shared_memory import Mailbox
 
 OBS_SIZE = 6
 # Per environment, episode after episode: length and how it ends. Chosen so that within rollouts of 5 steps there are
@@ -621,7 +621,11 @@ def test_weights_and_gradients_in_shared_memory_are_those_of_arrays() -> None:
     del mailbox
     # A new memory that this process doesn't reach, as on another machine: nothing is done.
     steps = len(env_of(shared).log)
-    elsewhere = dataclasses.replace(weights, version=6, values=dataclasses.replace(slot, name="elsewhere"))
+    elsewhere = dataclasses.replace(
+        weights,
+        version=6,
+        values=dataclasses.replace(slot, address=dataclasses.replace(slot.address, name="elsewhere")),
+    )
     info, gradient = shared.compute_gradient(elsewhere)
     assert info.needs_arrays and not info.needs_state and gradient is None
     assert len(env_of(shared).log) == steps and shared._weights_seq_no == 5

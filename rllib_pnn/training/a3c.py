@@ -3,7 +3,7 @@
 Every EnvRunner computes the gradient of its own short rollout (a3c_env_runner.py); the Learner applies gradients in
 the order in which they arrive and answers each with the newest weights. EnvRunners never wait for one another. Per
 gradient one flat float32 vector travels in each direction, through memory that both processes have mapped where they
-run on one machine (mailbox.py), through Ray elsewhere; full module states travel only to EnvRunners that start,
+run on one machine (shared_memory.py), through Ray elsewhere; full module states travel only to EnvRunners that start,
 restart, or whose module has grown.
 
     from rllib_pnn.training.a3c import A3CConfig
@@ -74,8 +74,8 @@ from rllib_pnn.training.a3c_env_runner import (
     episode_callbacks,
 )
 from rllib_pnn.training.learner import results_of
-from rllib_pnn.training.mailbox import Mailbox
 from rllib_pnn.training.rmsprop import RMSPropTF
+from rllib_pnn.training.shared_memory import Mailbox
 from rllib_pnn.training.trouble import TrainingTrouble
 
 logger = logging.getLogger(__name__)

@@ -49,7 +49,7 @@ from rllib_pnn.envs.score import EPISODE_SCORE, episode_scores
 from rllib_pnn.envs.stagger import cut_now, stagger_episodes
 from rllib_pnn.network.memory import lean_memory
 from rllib_pnn.training.a3c_loss import a3c_loss, n_step_advantages
-from rllib_pnn.training.mailbox import Mailbox, Slot
+from rllib_pnn.training.shared_memory import Mailbox, Slot
 
 logger = logging.getLogger(__name__)
 
@@ -405,7 +405,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             return False
         values = weights.values
         if isinstance(values, Slot):
-            if self._mailbox is None or self._mailbox.name != values.name:
+            if self._mailbox is None or not self._mailbox.holds(values):
                 self._mailbox = Mailbox.open(values)
             if self._mailbox is None:
                 return False

@@ -50,6 +50,8 @@ from ray.rllib.utils.typing import EpisodeType
 from torch import Tensor
 
 from rllib_pnn.network.memory import lean_memory
+from rllib_pnn.training.recorded_features import recorded_features
+from rllib_pnn.training.shared_memory import RecordingReader
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,15 @@ def use_array_pipeline(config: AlgorithmConfig) -> AlgorithmConfig:
         add_default_connectors_to_learner_pipeline=False,
     )
     return config
+
+
+def reads_recorded_features(config: AlgorithmConfig) -> bool:
+    """Whether the Learner looks for what EnvRunners write down, before they write the next rollout over it.
+
+    A GPU computes it in less time than it takes to fetch it.
+    """
+    on_cpu = not config.num_gpus_per_learner
+    return isinstance(config, PPOConfig) and isinstance(config._learner_connector, _ArrayConnectors) and on_cpu
 
 
 class BatchEpisodes(ConnectorV2):
@@ -191,8 +202,12 @@ class AddFrozenFeatures(ConnectorV2):
 
     Stands behind the conversion to tensors and before values are computed. Adds the columns of
     `module.frozen_features(batch)` (see `ProgressiveRLModule`); a module without that method, or without anything
-    frozen, gets nothing.
+    frozen, gets nothing. What EnvRunners of this machine have written down is not computed again.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._reader = RecordingReader()
 
     @override(ConnectorV2)
     def __call__(
@@ -205,10 +220,29 @@ class AddFrozenFeatures(ConnectorV2):
         shared_data: dict | None = None,
         **kwargs: Any,
     ) -> Any:
+        rows = (shared_data or {}).get(_ROWS_OF_EPISODES)
         for module_id, module_batch in batch.items():
             if module_id in rl_module:
-                module_batch.update(frozen_features(rl_module[module_id], module_batch))
+                module = rl_module[module_id]
+                columns = getattr(module.unwrapped(), "frozen_fingerprint", "")
+                if rows is None or not columns or module_batch[Columns.OBS].device.type != "cpu":
+                    features = frozen_features(module, module_batch)
+                else:
+                    features = self._found_or_computed(module, module_batch, episodes, rows, columns)
+                module_batch.update(features)
         return batch
+
+    def _found_or_computed(
+        self, module: RLModule, batch: Mapping[str, Any], episodes: Any, rows: np.ndarray, columns: str
+    ) -> dict[str, Tensor]:
+        found, is_missing = recorded_features(episodes, rows, columns, self._reader)
+        if not found:
+            return frozen_features(module, batch)
+        if is_missing.any():
+            missing = torch.from_numpy(np.flatnonzero(is_missing))
+            for key, computed in frozen_features(module, {Columns.OBS: batch[Columns.OBS][missing]}).items():
+                found[key][missing] = computed
+        return found
 
 
 class LayOutObservations(ConnectorV2):

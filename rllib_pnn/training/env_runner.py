@@ -64,6 +64,8 @@ from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 
 from rllib_pnn.envs.stagger import cut_now, stagger_episodes
 from rllib_pnn.network.memory import lean_memory
+from rllib_pnn.training.array_connectors import reads_recorded_features
+from rllib_pnn.training.recorded_features import FeatureRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +125,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
     def __init__(self, *, config: AlgorithmConfig, **kwargs: Any):
         super().__init__(config=config, **kwargs)
         self._logged_fallback: str | None = None
+        self._features = FeatureRecorder()
         # The local runner shares its process with the Learner, whose business threads and memory are.
         if self.worker_index:
             torch.set_num_threads(max(1, int(self.config.num_cpus_per_env_runner)))
@@ -138,6 +141,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
         random_actions: bool = False,
         force_reset: bool = False,
     ) -> list[SingleAgentEpisode]:
+        self._features.begin("", 0)  # whatever runs, what was recorded is of an earlier rollout now
         reason = self._reason_for_single_steps()
         if reason is not None and reason != self._logged_fallback:
             self._logged_fallback = reason
@@ -170,6 +174,10 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
         done_episodes: list[SingleAgentEpisode] = []
         cut_episodes: list[SingleAgentEpisode] = []
         rollout = self._new_rollout(num_timesteps)
+        self._record_features(rollout, explore)
+        finished: list[
+            tuple[SingleAgentEpisode, int, int]
+        ] = []  # with its environment and the rollout's step it began at
         num_steps = num_done = 0  # env steps since the last (forced) reset, episodes that ended
         first = True
 
@@ -187,6 +195,8 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
                 self._stagger(num_episodes)
                 to_module, self._cached_to_module = self._cached_to_module, None
                 rollout = self._new_rollout(num_timesteps)
+                self._record_features(rollout, explore)
+                finished.clear()
                 continue
 
             observations, rewards, terminateds, truncateds, infos = results
@@ -229,10 +239,12 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
                 if index in was_reset:
                     self._make_on_episode_callback("on_episode_start", index, self._ongoing_episodes)
                     continue
+                began = rollout.step_of_start(index)
                 if cut is not None and cut[index]:
                     # Learned from, and no more: for metrics and callbacks it did not end.
                     cut_episodes.append(rollout.finish_episode(index))
                     self._ongoing_episodes_for_metrics.pop(cut_episodes[-1].id_, None)
+                    finished.append((cut_episodes[-1], index, began))
                 else:
                     num_done += 1
                     if lists_at_end:
@@ -242,6 +254,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
                         # A callback may have changed what it was given.
                         self._ongoing_episodes[index].to_numpy() if lists_at_end else rollout.finish_episode(index)
                     )
+                    finished.append((done_episodes[-1], index, began))
                 self._new_episode(index, self._ongoing_episodes)
                 rollout.forget_episode(index)
                 if num_episodes is not None and num_done >= num_episodes:
@@ -253,7 +266,13 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
 
         self.module.train(was_training)
         self._done_episodes_for_metrics.extend(done_episodes)
-        ongoing_episodes = [] if num_timesteps is None else self._cut_ongoing_episodes(rollout)
+        ongoing_episodes = []
+        if num_timesteps is not None:
+            ongoing = self._cut_ongoing_episodes(rollout)
+            ongoing_episodes = [episode for episode, _ in ongoing]
+            finished += [(episode, index, rollout.step_of_start(index)) for episode, index in ongoing]
+        for episode, index, began in finished:
+            self._features.sign(episode, index, began)
         self._log_env_steps(metric=self._metrics_num_env_steps_sampled, num_steps=num_steps)
         self._increase_sampled_metrics(num_steps, len(done_episodes))
         return done_episodes + cut_episodes + ongoing_episodes
@@ -296,10 +315,11 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
             with self.metrics.log_time(RLMODULE_INFERENCE_TIMER):
                 if explore:
                     num_env_runners = self.config.num_env_runners or 1
-                    outputs = self._forward("exploration")(
-                        to_module,
-                        t=(self.num_env_steps_sampled_lifetime // num_env_runners + num_steps) * num_env_runners,
-                    )
+                    steps = (self.num_env_steps_sampled_lifetime // num_env_runners + num_steps) * num_env_runners
+                    if self._features.is_on:
+                        outputs = self._features.forward(self.module, to_module, t=steps)
+                    else:
+                        outputs = self._forward("exploration")(to_module, t=steps)
                 else:
                     outputs = self._forward("inference")(to_module)
 
@@ -336,6 +356,13 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
         elif piece.clip_actions:
             actions_for_env = clip_action(deepcopy(outputs[Columns.ACTIONS]), piece._action_space_struct)
         return outputs, actions_for_env
+
+    def _record_features(self, rollout: "_Rollout", explore: bool) -> None:
+        """Begins to write down what frozen columns compute, where a Learner will look for it."""
+        config, module = self.config, self.module
+        wanted = explore and not config.in_evaluation and reads_recorded_features(config) and not module.is_stateful()
+        columns = getattr(module, "frozen_fingerprint", "") if wanted else ""
+        self._features.begin(columns, rollout.num_steps)
 
     def _forward(self, phase: str) -> Callable[..., dict[str, Any]]:
         name = f"forward_{phase}"
@@ -392,8 +419,8 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
         """The module's initial state, once per environment: leaves (N, ...)."""
         return batch_items([convert_to_numpy(self.module.get_initial_state())] * self.num_envs)
 
-    def _cut_ongoing_episodes(self, rollout: "_Rollout") -> list[SingleAgentEpisode]:
-        """Replaces the ongoing episodes by successors, and returns what they hold as arrays."""
+    def _cut_ongoing_episodes(self, rollout: "_Rollout") -> list[tuple[SingleAgentEpisode, int]]:
+        """Replaces the ongoing episodes by successors; returns what they hold as arrays, with their environments."""
         chunks = self._ongoing_episodes
         # Made from lists, before the arrays go in: a successor grows step by step should the parent's loop
         # take over.
@@ -406,7 +433,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
             chunk.validate()
             rollout.finish_episode(index)
             self._ongoing_episodes_for_metrics[chunk.id_].append(chunk if keep_whole else _ChunkForMetrics(chunk))
-            to_return.append(chunk)
+            to_return.append((chunk, index))
         return to_return
 
     def _overrides_callback(self, name: str) -> bool:
@@ -555,6 +582,15 @@ class _Rollout:
                 self._infos[position][n] = info
         self._times: list[float] = []
         self._terminateds = self._truncateds = np.zeros(len(episodes), bool)
+
+    @property
+    def num_steps(self) -> int:
+        """About how many will be added."""
+        return self._num_rows - self._first
+
+    def step_of_start(self, index: int) -> int:
+        """The first step, counted from 0, whose observation belongs to the environment's episode."""
+        return max(self._starts[index], self._first) - self._first
 
     def add(
         self,

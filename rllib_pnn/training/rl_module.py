@@ -9,6 +9,7 @@ fingerprint stands for it.
 from __future__ import annotations
 
 import copy
+import hashlib
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -178,6 +179,15 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         sources, state = self.network.sources(batch[Columns.OBS], state=batch.get(Columns.STATE_IN))
         features = {self._source_keys[n]: tensor for n, tensor in sources.items()}
         return features | {SOURCES + key: value for key, value in state.items()}
+
+    @property
+    def frozen_fingerprint(self) -> str:
+        """Of all frozen columns together: features of modules that have it in common are interchangeable. "" if nothing
+        reads them."""
+        if not self._source_keys:
+            return ""
+        parts = [column.fingerprint or "" for column in self.network.columns[:-1]]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest() if all(parts) else ""
 
     def training_layout(self, obs: Tensor) -> Tensor:
         """The same observations (B, C, H, W) laid out in memory as large batches are computed: channels last.

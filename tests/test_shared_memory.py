@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rllib_pnn.training.mailbox import Mailbox
+from rllib_pnn.training.shared_memory import Mailbox, Recorder, RecordingReader
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memory without a name (Linux)")
 
 OTHER_PROCESS = """
 import pickle, sys
-from rllib_pnn.training.mailbox import Mailbox
+from rllib_pnn.training.shared_memory import Mailbox
 slot = pickle.loads(bytes.fromhex(sys.argv[1]))
 mailbox = Mailbox.open(slot)
 mailbox.gradients[slot.index] = 2 * mailbox.weights[slot.index]
@@ -71,10 +71,11 @@ def test_nothing_else_is_opened(tmp_path: Path) -> None:
             {"fd": waiting},
             {"fd": 10**6},
             {"pid": 2**22 + 1},  # no process has that number
-            {"name": make().name},
-            {"size": 6},
+            {"name": make().slot(0).address.name},
+            {"length": 10**6},
         ):
-            assert Mailbox.open(dataclasses.replace(slot, **changes)) is None, changes
+            changed = dataclasses.replace(slot, address=dataclasses.replace(slot.address, **changes))
+            assert Mailbox.open(changed) is None, changes
     finally:
         os.close(waiting)
     assert Mailbox.open(slot) is not None
@@ -82,6 +83,8 @@ def test_nothing_else_is_opened(tmp_path: Path) -> None:
 
 def test_where_there_is_no_such_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Mailbox.make(0, 1) is None
+    assert Recorder.make({"a": (10, 10)}, max_bytes=64 + 399) is None
+    assert Recorder.make({"a": (10, 10)}, max_bytes=64 + 448) is not None
 
     def refused(name: str) -> int:
         raise PermissionError("seccomp")
@@ -90,3 +93,42 @@ def test_where_there_is_no_such_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Mailbox.make(5, 1) is None
     monkeypatch.delattr(os, "memfd_create")
     assert Mailbox.make(5, 1) is None
+
+
+OTHER_READER = """
+import pickle, sys
+from rllib_pnn.training.shared_memory import RecordingReader
+recording = pickle.loads(bytes.fromhex(sys.argv[1]))
+arrays = RecordingReader().arrays(recording)
+assert {name: (a.shape, float(a.sum())) for name, a in arrays.items()} == {"a": ((2, 3), 6.0), "b": ((5,), 10.0)}
+"""
+
+
+def test_a_recording_counts_until_the_next_rollout_begins() -> None:
+    recorder = Recorder.make({"a": (2, 3), "b": (5,)}, max_bytes=1000)
+    recorder.arrays["a"][:] = 1.0
+    recorder.arrays["b"][:] = 2.0
+    assert all(array.ctypes.data % 64 == 0 for array in recorder.arrays.values())
+    recorder.begin()
+    recording = recorder.recording()
+    subprocess.run([sys.executable, "-c", OTHER_READER, pickle.dumps(recording).hex()], check=True)
+    reader = RecordingReader()
+    arrays = reader.arrays(recording)
+    assert arrays["a"].shape == (2, 3) and (arrays["b"] == 2.0).all() and reader.is_current(recording)
+    recorder.begin()
+    assert not reader.is_current(recording) and reader.arrays(recording) is None
+    assert reader.arrays(recorder.recording()) is not None
+
+
+def test_a_reader_lets_go_of_what_is_not_in_use() -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    reader = RecordingReader()
+    recorders = [Recorder.make({"a": (3,)}, max_bytes=1000) for _ in range(2)]
+    recordings = [recorder.recording() for recorder in recorders]
+    assert all(reader.arrays(recording) is not None for recording in recordings)
+    recorders.clear()
+    gc.collect()
+    reader.forget_all_but(recordings[:1])
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == descriptors + 1
+    assert reader.arrays(recordings[0]) is not None and reader.arrays(recordings[1]) is None
