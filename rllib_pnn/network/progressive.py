@@ -252,15 +252,9 @@ class ProgressiveNetwork(nn.Module):
         *,
         resets: Tensor | None = None,
         heads: Collection[str] = HEADS,
-        out: Mapping[int, Tensor] | None = None,
     ) -> tuple[ColumnOutput, dict[int, Tensor]]:
-        """`forward` and the activations that `sources` gives in one pass; less work than one after the other.
-
-        Args:
-            out: by layer, memory for activations, of their shape; what does not fit is left alone. Look at what is
-                returned.
-        """
-        return self._evaluate(obs, column, state, None, resets, None, heads, out)
+        """`forward` and the activations that `sources` gives in one pass; less work than one after the other."""
+        return self._evaluate(obs, column, state, None, resets, None, heads)
 
     def _evaluate(
         self,
@@ -271,7 +265,6 @@ class ProgressiveNetwork(nn.Module):
         resets: Tensor | None,
         transform: Transform | None,
         heads: Collection[str],
-        out: Mapping[int, Tensor] | None = None,
     ) -> tuple[ColumnOutput, dict[int, Tensor]]:
         k = self._index(column)
         obs, time_shape = self._prepare(obs)
@@ -282,10 +275,8 @@ class ProgressiveNetwork(nn.Module):
         if given is not None:
             sources, first = self._check_sources(given, k, time_shape or (len(obs),)), None
         else:
-            if out and time_shape:
-                out = {n: tensor.flatten(0, 1) for n, tensor in out.items()}
             sources, first, pixels = self._compute_sources(
-                obs, k, states, new_states, time_shape, resets, transform, not learns, out
+                obs, k, states, new_states, time_shape, resets, transform, with_first=not learns
             )
         # Gradients of convolutions come faster on channels-last memory. Frozen columns, and a column that is only
         # asked, always see the default layout, so that freezing changes no bit of what is computed.
@@ -391,7 +382,6 @@ class ProgressiveNetwork(nn.Module):
         resets: Tensor | None,
         transform: Transform | None,
         with_first: bool,
-        out: Mapping[int, Tensor] | None = None,
     ) -> tuple[dict[int, Tensor], Tensor | None, Tensor | None]:
         """h^{<k} of every layer that column k reads, h_1 of column k if it came along with theirs, and the observations
         as floats, in torch's default layout, if it took them.
@@ -405,21 +395,18 @@ class ProgressiveNetwork(nn.Module):
         h = self._to_float(obs)
         # Without a transform nothing here depends on a parameter that trains.
         records = torch.is_grad_enabled() and transform is not None
-        firsts: list[Tensor | None] = [None] * (len(columns) + 1)
-        out = {n: tensor for n, tensor in (out or {}).items() if n in read and self._fits(tensor, h, k, n)}
-        kept: SideBySide = Graph(columns, read) if records else SideBySide(columns, read, out)
         together = None
         if not records:
             together = first_layers(h, [*columns, *([self.columns[k]] if with_first else [])])
+        given = together if transform is None else None  # a transform changes what lies side by side
+        kept = Graph(columns, read) if records else SideBySide(columns, read, given)
+        firsts: list[Tensor | None] = [None] * (len(columns) + 1)
         if together is not None:
             widths = [column.shapes[1][0] for column in columns]
-            theirs, own = together.split([sum(widths), together.shape[1] - sum(widths)], dim=1)
-            theirs = torch.clamp_min(theirs, 0.0, out=out[1]) if 1 in out else theirs.relu_()
-            if transform is None:  # it changes what lies side by side
-                kept.give(1, theirs)
+            parts = together.split([*widths, together.shape[1] - sum(widths)], dim=1)
             # Copies: a convolution wants its maps in one piece, and a transform may write into them.
-            firsts = [part.contiguous() for part in theirs.split(widths, dim=1)]
-            firsts.append(own.relu().contiguous() if with_first else None)
+            firsts = [part.contiguous() for part in parts[: len(columns)]]
+            firsts.append(parts[-1].contiguous() if with_first else None)
         for j, column in enumerate(columns):
             layers: list[Tensor] = []
             with torch.set_grad_enabled(records):
@@ -437,15 +424,6 @@ class ProgressiveNetwork(nn.Module):
                 )
                 kept.add(layers)
         return kept.before(len(columns), self.columns[k].reads), firsts[-1], h
-
-    def _fits(self, tensor: Tensor, pixels: Tensor, k: int, number: int) -> bool:
-        """Whether a caller's memory can hold h^{<k} of a layer. What lies at other addresses may have other bits."""
-        return (
-            tensor.shape == (len(pixels), *self._source_shape(k, number))
-            and (tensor.dtype, tensor.device) == (pixels.dtype, pixels.device)
-            and tensor.is_contiguous()
-            and tensor.data_ptr() % ALIGNMENT == 0
-        )
 
     def _check_sources(self, sources: Mapping[int, Tensor], k: int, leading: tuple[int, ...]) -> dict[int, Tensor]:
         """Sources that a caller kept, with one batch axis; `leading` is (B,) or (B, T)."""

@@ -7,7 +7,7 @@ give, on this machine, for this shape, exactly the bits of one convolution a col
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 
 import torch
@@ -30,22 +30,15 @@ class SideBySide:
     Args:
         columns: all columns that will be added, oldest first.
         layers: which layers to keep, counted from 1.
-        out: by layer, where to fill them in; layers that are missing get memory of their own.
+        first: layer 1 of at least these columns, already side by side; it is then not copied again.
     """
 
-    def __init__(
-        self, columns: Sequence[Column], layers: Collection[int], out: Mapping[int, Tensor] | None = None
-    ) -> None:
+    def __init__(self, columns: Sequence[Column], layers: Collection[int], first: Tensor | None = None) -> None:
         self._layers = sorted(layers)
         self._ends = {n: [0, *accumulate(column.shapes[n][0] for column in columns)] for n in self._layers}
-        self._kept: dict[int, Tensor] = dict(out or {})
-        self._given: set[int] = set()
+        self._kept: dict[int, Tensor] = {} if first is None or 1 not in self._ends else {1: first}
+        self._given = frozenset(self._kept)
         self._count = 0
-
-    def give(self, layer: int, activations: Tensor) -> None:
-        """A layer of all columns, already side by side; `add` then leaves it alone."""
-        self._kept[layer] = activations
-        self._given.add(layer)
 
     def add(self, activations: Sequence[Tensor]) -> None:
         """The next column's h_1 .. h_L."""
@@ -53,7 +46,7 @@ class SideBySide:
             if n in self._given:
                 continue
             h, ends = activations[n - 1], self._ends[n]
-            if len(ends) == 2 and n not in self._kept:
+            if len(ends) == 2:
                 self._kept[n] = h
                 continue
             if n not in self._kept:
@@ -76,7 +69,7 @@ class Graph(SideBySide):
 
 
 def first_layers(obs: Tensor, columns: Sequence[Column]) -> Tensor | None:
-    """Layer 1 of these columns before its ReLU, side by side, (B, sum of maps, H, W); None where one by one is the way.
+    """h_1 of these columns side by side, (B, sum of maps, H, W), or None where one by one is the way.
 
     Args:
         obs: (B, C, H, W) float, contiguous. No gradient is recorded.
@@ -97,7 +90,7 @@ def first_layers(obs: Tensor, columns: Sequence[Column]) -> Tensor | None:
         return None
     weights, biases = zip(*(column.first_affine() for column in columns), strict=True)
     with torch.no_grad():
-        return _convolve(obs, weights, biases, geometry)
+        return _convolve(obs, weights, biases, geometry).relu_()
 
 
 def _padded(maps: int) -> int:

@@ -229,8 +229,8 @@ class A3CEnvRunner(SingleAgentEnvRunner):
 
     Works with any TorchRLModule that has `ValueFunctionAPI`. A module that also has
     `frozen_features(batch) -> dict[str, Tensor]` gets them computed once per observation; they are passed back under
-    the same keys in every batch that holds this observation. With `forward_with_features(batch, t=..., out=...)` it may
-    give them along with the outputs of `forward_exploration`, in one pass, and write them to where they are kept.
+    the same keys in every batch that holds this observation. With `forward_with_features(batch, t=...)` it may give
+    them along with the outputs of `forward_exploration`, in one pass.
     """
 
     # RLlib declares these as optional or by their bases; they are set before use.
@@ -473,12 +473,11 @@ class A3CEnvRunner(SingleAgentEnvRunner):
 
         for t in range(length):
             obs[t].copy_(torch.from_numpy(self._obs))
-            out, step_features = self._act(self._make_batch(obs[t], self._state), t)
+            out, step_features = self._act(self._make_batch(obs[t], self._state))
             for key, feature in step_features.items():
                 if key not in features:
                     features[key] = feature.new_empty((length, *feature.shape))
-                if features[key][t].data_ptr() != feature.data_ptr():
-                    features[key][t].copy_(feature)
+                features[key][t] = feature
             logits = out[Columns.ACTION_DIST_INPUTS]
             action = distribution.from_logits(logits.squeeze(1) if recurrent else logits).sample()
             actions.append(action)
@@ -660,15 +659,14 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             return {Columns.OBS: obs}
         return {Columns.OBS: obs.unsqueeze(1), Columns.STATE_IN: state}
 
-    def _act(self, batch: dict[str, Any], t: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The module's outputs for step `t` and its frozen features, (B, ...), to be kept for the gradient.
+    def _act(self, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The module's outputs for one time step and its frozen features, (B, ...), to be kept for the gradient.
 
         Features of the last rollout's last step are not computed again.
         """
         module, steps, recurrent = self.module, self.num_env_steps_sampled_lifetime, self._state is not None
         if self._last_features is None and hasattr(module, "forward_with_features"):
-            place = {} if recurrent else {key: buffer[t] for key, buffer in self._feature_buffers.items()}
-            out, features = module.forward_with_features(batch, t=steps, out=place)
+            out, features = module.forward_with_features(batch, t=steps)
         else:
             features = self._frozen_features(batch) if self._last_features is None else self._last_features
             out = module.forward_exploration({**batch, **features}, t=steps)

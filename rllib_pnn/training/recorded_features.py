@@ -1,9 +1,9 @@
 """What frozen columns made of a rollout: written down where it was acted on, read where it is learned from.
 
 PPO's EnvRunners evaluate the frozen columns to act, and its Learner needs the same activations, 26 KB a step and Atari
-column. Through Ray they would cost more than they save; on one machine they stand in shared memory, into which they
-are computed, and each episode brings a note of where (`RECORD` in its `custom_data`). What the Learner can't reach, on
-another machine for example, or what the next rollout has overwritten, it computes itself.
+column. Through Ray they would cost more than they save; on one machine they stand in shared memory, and each episode
+brings a note of where (`RECORD` in its `custom_data`). What the Learner can't reach, on another machine for example, or
+what the next rollout has overwritten, it computes itself.
 """
 
 from __future__ import annotations
@@ -60,20 +60,15 @@ class FeatureRecorder:
     def forward(self, module: Any, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """The outputs of `module.forward_exploration(batch, **kwargs)`; the features are written down."""
         step, self._step = self._step, self._step + 1
-        outputs, features = module.forward_with_features(batch, out=self._place(step), **kwargs)
+        outputs, features = module.forward_with_features(batch, **kwargs)
         if step == 0:
             shapes = {key: (self._num_steps, *feature.shape) for key, feature in features.items()}
             if self._recorder is None or self._recorder.shapes != shapes:
                 self._recorder = Recorder.make(shapes, MAX_BYTES)
-        for key, place in self._place(step).items():
-            if place.data_ptr() != features[key].data_ptr():
-                place.copy_(features[key])
+        if self._recorder is not None and step < self._num_steps:
+            for key, array in self._recorder.arrays.items():
+                torch.from_numpy(array[step]).copy_(features[key])
         return outputs
-
-    def _place(self, step: int) -> dict[str, Tensor]:
-        if self._recorder is None or step >= self._num_steps:
-            return {}
-        return {key: torch.from_numpy(array[step]) for key, array in self._recorder.arrays.items()}
 
     def sign(self, episode: SingleAgentEpisode, env: int, first: int) -> None:
         """Notes in an episode where its observations' features stand; `first` counts the rollout's steps."""

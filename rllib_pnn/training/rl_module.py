@@ -211,14 +211,8 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
             output = output._replace(state=moved)
         return output
 
-    def forward_with_features(
-        self, batch: dict[str, Any], *, out: Mapping[str, Tensor] | None = None, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def forward_with_features(self, batch: dict[str, Any], **kwargs: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """`forward_exploration` and `frozen_features` of one time step in one pass, which is less work than two.
-
-        Args:
-            out: memory for features, of the shapes in which they are returned. They need not be there: it is used where
-                that saves work.
 
         Returns:
             The outputs, and the features that a later training batch takes: those of `frozen_features` without the
@@ -227,26 +221,15 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         if any(getattr(type(self), name) is not getattr(ProgressiveRLModule, name) for name in _ONE_PASS):
             features = self.frozen_features(batch)  # a subclass's own pass may know nothing of `with_features`
             return self.forward_exploration({**batch, **features}, **kwargs), features
-        output = self.forward_exploration(batch, with_features=True, features_out=out, **kwargs)
+        output = self.forward_exploration(batch, with_features=True, **kwargs)
         return output, {key: output.pop(key) for key in self._source_keys.values()}
 
     @override(RLModule)
-    def _forward(
-        self,
-        batch: dict[str, Any],
-        with_features: bool = False,
-        features_out: Mapping[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+    def _forward(self, batch: dict[str, Any], with_features: bool = False, **kwargs: Any) -> dict[str, Any]:
         sources: dict[int, Tensor] = {}
         if with_features:
             obs, state = batch[Columns.OBS], batch.get(Columns.STATE_IN)
-            out = (
-                {n: features_out[key] for n, key in self._source_keys.items() if key in features_out}
-                if features_out
-                else None
-            )
-            output, sources = self.network.forward_with_sources(obs, state=state, heads=("policy",), out=out)
+            output, sources = self.network.forward_with_sources(obs, state=state, heads=("policy",))
         else:
             output = self._evaluate(batch, heads=("policy",))
         result: dict[str, Any] = {Columns.ACTION_DIST_INPUTS: output.logits}
