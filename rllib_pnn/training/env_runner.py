@@ -175,9 +175,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
         cut_episodes: list[SingleAgentEpisode] = []
         rollout = self._new_rollout(num_timesteps)
         self._record_features(rollout, explore)
-        finished: list[
-            tuple[SingleAgentEpisode, int, int]
-        ] = []  # with its environment and the rollout's step it began at
+        finished: list[tuple[SingleAgentEpisode, int, int]] = []  # with its environment and its first step here
         num_steps = num_done = 0  # env steps since the last (forced) reset, episodes that ended
         first = True
 
