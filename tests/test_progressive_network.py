@@ -170,6 +170,16 @@ def outputs(network: ProgressiveNetwork, column: int, batches: tuple[int, ...]) 
     return [tensor.clone() for tensor in found]
 
 
+def network_and_inputs(
+    kind: str, num_columns: int, batch: int = 5, **settings: Any
+) -> tuple[ProgressiveNetwork, Tensor, dict[str, Tensor]]:
+    """A network of a kind of `SPECS` or "recurrent", with observations and states for it."""
+    spec, shape = SPECS.get(kind, (RECURRENT, (2, 9, 8)))
+    network = make(num_columns, spec, shape, **settings)
+    state = {key: torch.randn_like(h) for key, h in network.initial_state(batch).items()}
+    return network, observations(network, batch), state
+
+
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -343,10 +353,7 @@ def test_only_the_newest_column_gets_gradients(kind: str) -> None:
 @pytest.mark.parametrize("lateral", ["adapter", "linear"])
 @pytest.mark.parametrize("kind", [*SPECS, "recurrent"])
 def test_sources_given_are_bit_equal_to_sources_computed(kind: str, lateral: str, batch: int) -> None:
-    spec, shape = SPECS.get(kind, (RECURRENT, (2, 9, 8)))
-    network = make(4, spec, shape, lateral=lateral)
-    obs = observations(network, batch)
-    state = {key: torch.randn_like(h) for key, h in network.initial_state(batch).items()}
+    network, obs, state = network_and_inputs(kind, 4, batch, lateral=lateral)
     for k in range(4):
         plain = network(obs, k, state)
         sources, moved = network.sources(obs, k, state)
@@ -361,10 +368,7 @@ def test_sources_given_are_bit_equal_to_sources_computed(kind: str, lateral: str
 
 @pytest.mark.parametrize("kind", [*SPECS, "recurrent"])
 def test_outputs_and_sources_in_one_pass_are_bit_equal(kind: str) -> None:
-    spec, shape = SPECS.get(kind, (RECURRENT, (2, 9, 8)))
-    network = make(4, spec, shape)
-    obs = observations(network, 5)
-    state = {key: torch.randn_like(h) for key, h in network.initial_state(5).items()}
+    network, obs, state = network_and_inputs(kind, 4)
     with torch.no_grad():
         for k in range(4):
             output, sources = network.forward_with_sources(obs, k, state)
@@ -380,10 +384,7 @@ def test_outputs_and_sources_in_one_pass_are_bit_equal(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [*SPECS, "recurrent"])
 def test_a_head_alone_is_bit_equal_and_the_other_is_not_computed(kind: str) -> None:
-    spec, shape = SPECS.get(kind, (RECURRENT, (2, 9, 8)))
-    network = make(3, spec, shape)
-    obs = observations(network, 5)
-    state = {key: torch.randn_like(h) for key, h in network.initial_state(5).items()}
+    network, obs, state = network_and_inputs(kind, 3)
     newest = network.columns[-1]
     called: list[nn.Module] = []
     for head in HEADS:

@@ -268,12 +268,13 @@ class ProgressiveNetwork(nn.Module):
     ) -> tuple[ColumnOutput, dict[int, Tensor]]:
         k = self._index(column)
         obs, time_shape = self._prepare(obs)
+        leading = time_shape or (len(obs),)
         states = self._split_state(state, time_shape)
         new_states = dict(states)
         learns = torch.is_grad_enabled() and not self.columns[k].is_frozen
         pixels: Tensor | None = None
         if given is not None:
-            sources, first = self._check_sources(given, k, time_shape or (len(obs),)), None
+            sources, first = self._check_sources(given, k, leading), None
         else:
             sources, first, pixels = self._compute_sources(
                 obs, k, states, new_states, time_shape, resets, transform, with_first=not learns
@@ -294,8 +295,9 @@ class ProgressiveNetwork(nn.Module):
             first=first,
             heads=heads,
         )
-        logits = pixels.new_empty(0) if logits is None else logits.view(*time_shape, -1) if time_shape else logits
-        value = pixels.new_empty(0) if value is None else value.view(time_shape) if time_shape else value
+        absent = pixels.new_empty(0)
+        logits = absent if logits is None else logits.view(*leading, logits.shape[1])
+        value = absent if value is None else value.view(leading)
         return ColumnOutput(logits, value, self._join_state(new_states)), _with_time(sources, time_shape)
 
     @torch.no_grad()

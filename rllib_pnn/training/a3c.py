@@ -748,9 +748,8 @@ class A3C(Algorithm):
         """The local Learner's newest weights for a request, and where they stand if that is in shared memory."""
         mailbox, size = self._mailboxes.get(actor_id), self._learner.vector_size
         if mailbox is None or mailbox.size != size:
-            mailbox = None
-            if actor_id not in self._far:
-                mailbox = Mailbox.make(size, self.config.max_requests_in_flight_per_env_runner)
+            num_slots = self.config.max_requests_in_flight_per_env_runner
+            mailbox = None if actor_id in self._far else Mailbox.make(size, num_slots)
             if mailbox is None:
                 return self._learner.current_weights(), None, 0
             self._mailboxes[actor_id] = mailbox

@@ -96,7 +96,7 @@ def use_array_pipeline(config: AlgorithmConfig) -> AlgorithmConfig:
 def reads_recorded_features(config: AlgorithmConfig) -> bool:
     """Whether the Learner looks for what EnvRunners write down, before they write the next rollout over it.
 
-    A GPU computes it in less time than it takes to fetch it.
+    Not on a GPU, to which it would have to be copied.
     """
     on_cpu = not config.num_gpus_per_learner
     return isinstance(config, PPOConfig) and isinstance(config._learner_connector, _ArrayConnectors) and on_cpu

@@ -141,7 +141,7 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
         random_actions: bool = False,
         force_reset: bool = False,
     ) -> list[SingleAgentEpisode]:
-        self._features.begin("", 0)  # whatever runs, what was recorded is of an earlier rollout now
+        self._features.stop()  # whatever runs, what was recorded is of an earlier rollout now
         reason = self._reason_for_single_steps()
         if reason is not None and reason != self._logged_fallback:
             self._logged_fallback = reason

@@ -43,15 +43,20 @@ class FeatureRecorder:
         self._columns = ""
         self._step = self._num_steps = 0
 
+    def stop(self) -> None:
+        """What was recorded counts no more, and nothing is until `begin`."""
+        self._columns = ""
+        if self._recorder is not None:
+            self._recorder.begin()
+
     def begin(self, columns: str, num_steps: int) -> None:
         """A new rollout, of about so many steps; earlier ones count no more.
 
         Args:
             columns: fingerprint of the module's frozen columns; "" if there is nothing to record.
         """
+        self.stop()
         self._columns, self._num_steps, self._step = columns, num_steps, 0
-        if self._recorder is not None:
-            self._recorder.begin()
 
     @property
     def is_on(self) -> bool:

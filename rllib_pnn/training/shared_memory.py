@@ -5,8 +5,9 @@ announced, fetched, counted and freed, by four processes. Where both ends run on
 memory that both have mapped, and only a note of where travels.
 
 The memory has no name in any file system and needs no cleaning up: the kernel frees it with the last process that has
-it mapped, however that ends. Linux only; elsewhere, or where the other process can't be seen, `open` finds nothing and
-the caller goes another way.
+it mapped, however that ends. (That of `multiprocessing.shared_memory` has a name that somebody has to unlink, and
+before Python 3.13 whichever process ends first unlinks it for all.) Linux only; elsewhere, or where the other process
+can't be seen, `open` finds nothing and the caller goes another way.
 """
 
 from __future__ import annotations
