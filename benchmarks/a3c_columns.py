@@ -44,6 +44,13 @@ def make_runner(num_columns: int, envs: int, length: int) -> Any:
     return runner
 
 
+def move_weights(runner: Any) -> None:
+    """As a Learner does between two rollouts: what was computed with the old ones is of no use."""
+    with torch.no_grad():
+        for parameter in runner.module.network.trainable_parameters():
+            parameter.mul_(1.0001)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--columns", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K")
@@ -80,6 +87,7 @@ def main() -> None:
         for k, runner in runners.items():
             for part in ("env", "act"):
                 spent[part, k].append(0.0)
+            move_weights(runner)
             start = time.perf_counter()
             rollout = runner.collect_rollout()
             middle = time.perf_counter()

@@ -9,8 +9,10 @@ import pytest
 import ray
 import torch
 import tree
+from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.columns import Columns
 
+from rllib_pnn import A3CConfig, make_progressive
 from rllib_pnn.training.rl_module import (
     ARCHITECTURES,
     MODEL_CONFIG_KEY,
@@ -323,3 +325,35 @@ def test_target_network_follows_the_newest_column():
     grow(module)
     assert module.get_target_network_pairs()[0][1].num_sources == 2
     assert target.num_sources == 1
+
+
+def test_a_module_that_follows_environments_computes_the_same():
+    space = gym.spaces.Box(0, 255, (4, 20, 20), np.uint8)
+    spec = [{"conv": [4, 8, 4]}, {"conv": [4, 2]}, {"dense": 8}]
+
+    def image_module():
+        settings = {MODEL_CONFIG_KEY: {"column": spec, "seed": 3}}
+        return grow(ProgressiveRLModule(observation_space=space, action_space=DISCRETE, model_config=settings))
+
+    plain, following = image_module(), image_module()
+    following.follows_environments()
+    obs = np.random.default_rng(0).integers(0, 256, (3, 4, 20, 20), dtype=np.uint8)
+    for t in range(6):
+        obs[t % 3, 0, 5, 5] += 1
+        frame = {Columns.OBS: torch.from_numpy(obs.copy())}
+        with torch.no_grad():
+            outputs = [[*m.forward_with_features(dict(frame)), m.frozen_features(frame)] for m in (following, plain)]
+            outputs[0].append(following.forward_exploration({**frame, **outputs[0][2]}))
+            outputs[1].append(plain.forward_exploration({**frame, **outputs[1][2]}))
+        assert all(torch.equal(a, b) for a, b in zip(*map(tree.flatten, outputs), strict=True))
+    assert following._incremental._seen is not None
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "A3C"])
+def test_training_env_runners_have_modules_that_follow_environments(algorithm):
+    config = {"PPO": PPOConfig, "A3C": A3CConfig}[algorithm]().environment("rllib_pnn/CartPoleSoup-v0")
+    config.env_runners(num_env_runners=0)
+    config = make_progressive(config, tasks=[{"name": "a", "until": {"num_env_steps": 1}}], column=SMALL)
+    runner = config.env_runner_cls(config=config, worker_index=0)
+    assert runner.module._incremental is not None
+    runner.stop()

@@ -53,10 +53,21 @@ class LinearLateral(nn.Module):
         """(B, sum of source widths, ...) unchanged (flattened for a dense U): eq. 1 has no V."""
         return sources.contiguous(memory_format=layout) if isinstance(self.out, nn.Conv2d) else sources.flatten(1)
 
-    def forward(self, sources: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
-        """What is added to the layer's pre-activation; `layout` is that of the layer's own input."""
+    def forward(
+        self,
+        sources: Tensor,
+        layout: torch.memory_format = torch.contiguous_format,
+        projected: Tensor | None = None,
+    ) -> Tensor:
+        """What is added to the layer's pre-activation.
+
+        Args:
+            sources: (B, sum of source widths, ...).
+            layout: of the layer's own input.
+            projected: what `project(sources)` gives, where it is known.
+        """
         assert self.out is not None
-        return self.out(self.project(sources, layout))
+        return self.out(self.project(sources, layout) if projected is None else projected)
 
 
 class ScaledProduct(torch.autograd.Function):
@@ -136,6 +147,11 @@ def _by_column(features: Tensor, scale: Tensor, widths: tuple[int, ...]) -> Tens
     return torch.cat([part * scale[j] for j, part in enumerate(features.split(widths, dim=1))], dim=1)
 
 
+def adapted(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """g(W h + c) for maps h (B, C, P), W (M, C): (B, M, P)."""
+    return torch.baddbmm(bias.view(1, -1, 1), weight.expand(len(maps), -1, -1), maps).relu_()
+
+
 class Adapter(nn.Module):
     """Eq. 2: a single hidden layer adapter on the concatenation of all earlier columns.
 
@@ -165,6 +181,11 @@ class Adapter(nn.Module):
         self.convolutional = convolutional
         self._widths = tuple(source_widths)
 
+    @property
+    def num_features(self) -> int:
+        """Of all sources together."""
+        return sum(self._widths)
+
     def feature_scale(self) -> Tensor:
         """alpha for every source feature, (sum of source widths,)."""
         if len(set(self._widths)) == 1:
@@ -181,18 +202,31 @@ class Adapter(nn.Module):
             return apply(*operands).relu_()
         # A 1x1 convolution is one product of matrices an image, which reads sources where they lie: in all layouts,
         # and as the first maps of a wider tensor. alpha * V are a few numbers, alpha * h a pass over all maps.
-        weight = layer.weight.flatten(1) * self.feature_scale()
-        bias: Tensor = layer.bias  # type: ignore[assignment]  # made with one
+        weight, bias = self.map_affine()
         maps, size = sources.flatten(2), sources.shape[2:]
         if layout == torch.channels_last:
             return ChannelsLastProduct.apply(maps, weight, bias).unflatten(1, size).permute(0, 3, 1, 2)
-        products = torch.baddbmm(bias.view(1, -1, 1), weight.expand(len(maps), -1, -1), maps).relu_()
-        return products.unflatten(2, size)
+        return adapted(maps, weight, bias).unflatten(2, size)
 
-    def forward(self, sources: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
-        """What is added to the layer's pre-activation; `layout` is that of the layer's own input."""
+    def map_affine(self) -> tuple[Tensor, Tensor]:
+        """alpha * V, (width, sum of source widths), and c of an adapter over maps."""
+        return self.project_layer.weight.flatten(1) * self.feature_scale(), self.project_layer.bias  # type: ignore[return-value]
+
+    def forward(
+        self,
+        sources: Tensor,
+        layout: torch.memory_format = torch.contiguous_format,
+        projected: Tensor | None = None,
+    ) -> Tensor:
+        """What is added to the layer's pre-activation.
+
+        Args:
+            sources: (B, sum of source widths, ...).
+            layout: of the layer's own input.
+            projected: what `project(sources)` gives, where it is known.
+        """
         assert self.out is not None
-        return self.out(self.project(sources, layout))
+        return self.out(self.project(sources, layout) if projected is None else projected)
 
 
 Lateral = LinearLateral | Adapter

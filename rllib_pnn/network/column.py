@@ -247,6 +247,7 @@ class Column(nn.Module):
         transform: Transform | None = None,
         activations: list[Tensor] | None = None,
         first: Tensor | None = None,
+        projected: Tensor | None = None,
         heads: Collection[str] = HEADS,
     ) -> tuple[Tensor | None, Tensor | None, LSTMState | None]:
         """Computes the column.
@@ -261,6 +262,7 @@ class Column(nn.Module):
             transform: replaces post-activation outputs (perturbation analysis).
             activations: a list that collects h_1 .. h_L.
             first: h_1 where it is known already (see together.py).
+            projected: g(V(alpha h_1^{<k})) of layer 2's adapter where it is known already (see incremental.py).
             heads: which of "policy" and "value" to compute; none where a frozen column's activations alone are wanted.
 
         Returns:
@@ -275,7 +277,9 @@ class Column(nn.Module):
                 h = first
             elif isinstance(layer, nn.Conv2d):
                 pre = F.conv2d(h, *self._affine(number, layer), layer.stride, layer.padding)
-                h = (pre if lateral is None else pre.add_(lateral(source, layout=_layout(h)))).relu_()
+                if lateral is not None:
+                    pre.add_(lateral(source, layout=_layout(h), projected=projected if number == 2 else None))
+                h = pre.relu_()
             elif isinstance(layer, nn.Linear):
                 pre = F.linear(h.flatten(1), *self._affine(number, layer))
                 h = (pre if lateral is None else pre.add_(lateral(source))).relu_()

@@ -27,6 +27,7 @@ from rllib_pnn.network.column import (
     check_source,
     layer_shapes,
 )
+from rllib_pnn.network.incremental import FirstLayers, IncrementalFirstLayer
 from rllib_pnn.network.spec import ColumnSpec
 from rllib_pnn.network.together import Graph, SideBySide, first_layers
 
@@ -226,6 +227,7 @@ class ProgressiveNetwork(nn.Module):
         resets: Tensor | None = None,
         transform: Transform | None = None,
         heads: Collection[str] = HEADS,
+        incremental: IncrementalFirstLayer | None = None,
     ) -> ColumnOutput:
         """Policy and value of one column.
 
@@ -238,11 +240,13 @@ class ProgressiveNetwork(nn.Module):
             transform: `(column, layer, activation) -> activation` on every post-activation output.
             heads: `("policy",)` or `("value",)` where the other is of no use: with laterals from seven columns a head
                 is a dense layer of 460,000 weights.
+            incremental: the caller's, for observations that follow each other: what it has of the last ones is used
+                where that changes no bit. Without effect where gradients are recorded.
 
         Returns:
             `ColumnOutput`; the state has the shape that came in, columns above `column` unchanged.
         """
-        return self._evaluate(obs, column, state, sources, resets, transform, heads)[0]
+        return self._evaluate(obs, column, state, sources, resets, transform, heads, incremental)[0]
 
     def forward_with_sources(
         self,
@@ -252,9 +256,13 @@ class ProgressiveNetwork(nn.Module):
         *,
         resets: Tensor | None = None,
         heads: Collection[str] = HEADS,
+        incremental: IncrementalFirstLayer | None = None,
     ) -> tuple[ColumnOutput, dict[int, Tensor]]:
-        """`forward` and the activations that `sources` gives in one pass; less work than one after the other."""
-        return self._evaluate(obs, column, state, None, resets, None, heads)
+        """`forward` and the activations that `sources` gives in one pass; less work than one after the other.
+
+        With `incremental` those activations are valid until its next use.
+        """
+        return self._evaluate(obs, column, state, None, resets, None, heads, incremental)
 
     def _evaluate(
         self,
@@ -265,6 +273,7 @@ class ProgressiveNetwork(nn.Module):
         resets: Tensor | None,
         transform: Transform | None,
         heads: Collection[str],
+        incremental: IncrementalFirstLayer | None,
     ) -> tuple[ColumnOutput, dict[int, Tensor]]:
         k = self._index(column)
         obs, time_shape = self._prepare(obs)
@@ -272,17 +281,25 @@ class ProgressiveNetwork(nn.Module):
         states = self._split_state(state, time_shape)
         new_states = dict(states)
         learns = torch.is_grad_enabled() and not self.columns[k].is_frozen
+        known: FirstLayers | None = None
+        if incremental is not None and transform is None and not learns:
+            known = incremental(obs, self.columns[: self.columns[k].num_sources], self.columns[k])
         pixels: Tensor | None = None
+        first: Tensor | None = None
         if given is not None:
-            sources, first = self._check_sources(given, k, leading), None
+            sources = self._check_sources(given, k, leading)
         else:
             sources, first, pixels = self._compute_sources(
-                obs, k, states, new_states, time_shape, resets, transform, with_first=not learns
+                obs, k, states, new_states, time_shape, resets, transform, known, with_first=not learns
             )
+        if known is not None:
+            first = known.each[-1]
         # Gradients of convolutions come faster on channels-last memory. Frozen columns, and a column that is only
         # asked, always see the default layout, so that freezing changes no bit of what is computed.
         layout = torch.channels_last if learns and obs.dim() == 4 else torch.contiguous_format
-        if pixels is None or layout is torch.channels_last:
+        if first is not None:
+            pixels = obs  # nothing reads them any more
+        elif pixels is None or layout is torch.channels_last:
             pixels = self._to_float(obs, layout)
         logits, value, new_states[k] = self.columns[k](
             pixels,
@@ -293,9 +310,10 @@ class ProgressiveNetwork(nn.Module):
             index=k,
             transform=transform,
             first=first,
+            projected=None if known is None else known.projected[-1],
             heads=heads,
         )
-        absent = pixels.new_empty(0)
+        absent = torch.empty(0, device=self.device)
         logits = absent if logits is None else logits.view(*leading, logits.shape[1])
         value = absent if value is None else value.view(leading)
         return ColumnOutput(logits, value, self._join_state(new_states)), _with_time(sources, time_shape)
@@ -308,11 +326,12 @@ class ProgressiveNetwork(nn.Module):
         state: Mapping[str, Tensor] | None = None,
         *,
         resets: Tensor | None = None,
+        incremental: IncrementalFirstLayer | None = None,
     ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         """Activations of the earlier columns that `column`'s laterals read, h^{<k} by layer, without gradient.
 
         Args:
-            obs, column, state, resets: as in `forward`.
+            obs, column, state, resets, incremental: as in `forward`.
 
         Returns:
             `{layer: (B, sum of widths, ...)}` ((B, T, ...) if recurrent), to be passed to `forward(sources=...)`,
@@ -322,7 +341,11 @@ class ProgressiveNetwork(nn.Module):
         obs, time_shape = self._prepare(obs)
         states = self._split_state(state, time_shape)
         new_states = dict(states)
-        out, _, _ = self._compute_sources(obs, k, states, new_states, time_shape, resets, None, with_first=False)
+        columns = self.columns[: self.columns[k].num_sources]
+        known = incremental(obs, columns) if incremental is not None and columns else None
+        if known is not None and known.sources is not None:  # what this gives stays valid
+            known = known._replace(sources=known.sources.clone())
+        out, _, _ = self._compute_sources(obs, k, states, new_states, time_shape, resets, None, known, with_first=False)
         return _with_time(out, time_shape), self._join_state(new_states)
 
     def activations(
@@ -383,32 +406,37 @@ class ProgressiveNetwork(nn.Module):
         time_shape: tuple[int, int] | None,
         resets: Tensor | None,
         transform: Transform | None,
+        known: FirstLayers | None,
         with_first: bool,
     ) -> tuple[dict[int, Tensor], Tensor | None, Tensor | None]:
         """h^{<k} of every layer that column k reads, h_1 of column k if it came along with theirs, and the observations
         as floats, in torch's default layout, if it took them.
 
-        Columns are computed oldest first, each from the ones before.
+        Columns are computed oldest first, each from the ones before. `known` is what is known of their first layers.
         """
         columns = self.columns[: self.columns[k].num_sources]
         read = {n for column in (*columns, self.columns[k]) for n in column.reads}
         if not columns:
             return {}, None, None
-        h = self._to_float(obs)
         # Without a transform nothing here depends on a parameter that trains.
         records = torch.is_grad_enabled() and transform is not None
-        together = None
-        if not records:
-            together = first_layers(h, [*columns, *([self.columns[k]] if with_first else [])])
+        firsts: list[Tensor | None] = [None] * (len(columns) + 1)
+        projected: list[Tensor | None] = [None] * len(columns)
+        if known is not None:
+            h, together = obs, known.sources
+            firsts[: len(columns)] = known.each[: len(columns)]
+            projected = known.projected
+        else:
+            h = self._to_float(obs)
+            together = None if records else first_layers(h, [*columns, *([self.columns[k]] if with_first else [])])
+            if together is not None:
+                widths = [column.shapes[1][0] for column in columns]
+                parts = together.split([*widths, together.shape[1] - sum(widths)], dim=1)
+                # Copies: a convolution wants its maps in one piece, and a transform may write into them.
+                firsts = [part.contiguous() for part in parts[: len(columns)]]
+                firsts.append(parts[-1].contiguous() if with_first else None)
         given = together if transform is None else None  # a transform changes what lies side by side
         kept = Graph(columns, read) if records else SideBySide(columns, read, given)
-        firsts: list[Tensor | None] = [None] * (len(columns) + 1)
-        if together is not None:
-            widths = [column.shapes[1][0] for column in columns]
-            parts = together.split([*widths, together.shape[1] - sum(widths)], dim=1)
-            # Copies: a convolution wants its maps in one piece, and a transform may write into them.
-            firsts = [part.contiguous() for part in parts[: len(columns)]]
-            firsts.append(parts[-1].contiguous() if with_first else None)
         for j, column in enumerate(columns):
             layers: list[Tensor] = []
             with torch.set_grad_enabled(records):
@@ -422,10 +450,11 @@ class ProgressiveNetwork(nn.Module):
                     transform=transform,
                     activations=layers,
                     first=firsts[j],
+                    projected=projected[j],
                     heads=(),
                 )
                 kept.add(layers)
-        return kept.before(len(columns), self.columns[k].reads), firsts[-1], h
+        return kept.before(len(columns), self.columns[k].reads), firsts[-1], None if known is not None else h
 
     def _check_sources(self, sources: Mapping[int, Tensor], k: int, leading: tuple[int, ...]) -> dict[int, Tensor]:
         """Sources that a caller kept, with one batch axis; `leading` is (B,) or (B, T)."""

@@ -307,6 +307,8 @@ class A3CEnvRunner(SingleAgentEnvRunner):
                 f"rl_module_spec: A3C needs an RLModule with `ValueFunctionAPI`, got {type(self.module).__name__}"
             )
         self.module.to(self._device)
+        if hasattr(self.module, "follows_environments"):
+            self.module.follows_environments()
         self._forget_layout()
 
     @override(SingleAgentEnvRunner)

@@ -280,6 +280,12 @@ class ArrayEnvRunner(SingleAgentEnvRunner):
         super().make_env()
         self._env_is_new = True
 
+    @override(SingleAgentEnvRunner)
+    def make_module(self) -> None:
+        super().make_module()
+        if hasattr(self.module, "follows_environments"):
+            self.module.follows_environments()
+
     def _stagger(self, num_episodes: int | None) -> None:
         """Once for environments that are new, and for training alone: evaluation counts whole episodes."""
         if self._env_is_new and num_episodes is None and not self.config.in_evaluation:

@@ -28,6 +28,7 @@ from ray.rllib.utils.typing import StateDict
 from torch import Tensor, nn
 
 from rllib_pnn.network.column import HEADS, Column, ColumnLayout, ColumnOutput
+from rllib_pnn.network.incremental import IncrementalFirstLayer
 from rllib_pnn.network.progressive import ProgressiveNetwork, interleaved
 from rllib_pnn.network.spec import ColumnSpec
 
@@ -129,6 +130,7 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
             "finished": False,
         }
         self._references: dict[str, ray.ObjectRef] = {}  # by fingerprint
+        self._incremental: IncrementalFirstLayer | None = None
         if isinstance(space, gym.spaces.MultiDiscrete):
             self.action_dist_cls = TorchMultiCategorical.get_partial_dist_cls(input_lens=[int(n) for n in space.nvec])
         self._columns_changed()
@@ -155,6 +157,14 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         self._frozen_width = sum(c.state_width for c in self.network.columns[:-1])
         self._is_stateful = None
 
+    def follows_environments(self) -> None:
+        """From now on this module is asked for one time step of the same environments after the other.
+
+        It then computes less (see `IncrementalFirstLayer`), and the features that `forward_with_features` gives are
+        valid until its next forward pass. Other observations do no harm.
+        """
+        self._incremental = IncrementalFirstLayer()
+
     # -- forward passes ------------------------------------------------------------------------------------------
 
     @override(RLModule)
@@ -176,7 +186,9 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         """
         if not self._source_keys:
             return {}
-        sources, state = self.network.sources(batch[Columns.OBS], state=batch.get(Columns.STATE_IN))
+        sources, state = self.network.sources(
+            batch[Columns.OBS], state=batch.get(Columns.STATE_IN), incremental=self._incremental
+        )
         features = {self._source_keys[n]: tensor for n, tensor in sources.items()}
         return features | {SOURCES + key: value for key, value in state.items()}
 
@@ -200,11 +212,22 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
             return interleaved(obs)
         return obs.contiguous(memory_format=torch.channels_last)
 
-    def _evaluate(self, batch: Mapping[str, Any], heads: Collection[str] = HEADS) -> ColumnOutput:
+    def _evaluate(
+        self,
+        batch: Mapping[str, Any],
+        heads: Collection[str] = HEADS,
+        incremental: IncrementalFirstLayer | None = None,
+    ) -> ColumnOutput:
         sources = None
         if self._source_keys and next(iter(self._source_keys.values())) in batch:
             sources = {n: batch[key] for n, key in self._source_keys.items()}
-        output = self.network(batch[Columns.OBS], state=batch.get(Columns.STATE_IN), sources=sources, heads=heads)
+        output = self.network(
+            batch[Columns.OBS],
+            state=batch.get(Columns.STATE_IN),
+            sources=sources,
+            heads=heads,
+            incremental=incremental,
+        )
         if output.state and sources is not None and SOURCES + "h" in batch:
             width = self._frozen_width
             moved = {k: torch.cat([batch[SOURCES + k][:, :width], output.state[k][:, width:]], 1) for k in _STATE_KEYS}
@@ -229,9 +252,11 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         sources: dict[int, Tensor] = {}
         if with_features:
             obs, state = batch[Columns.OBS], batch.get(Columns.STATE_IN)
-            output, sources = self.network.forward_with_sources(obs, state=state, heads=("policy",))
+            output, sources = self.network.forward_with_sources(
+                obs, state=state, heads=("policy",), incremental=self._incremental
+            )
         else:
-            output = self._evaluate(batch, heads=("policy",))
+            output = self._evaluate(batch, heads=("policy",), incremental=self._incremental)
         result: dict[str, Any] = {Columns.ACTION_DIST_INPUTS: output.logits}
         if output.state:
             result[Columns.STATE_OUT] = output.state
