@@ -49,6 +49,15 @@ class ColumnOutput(NamedTuple):
     state: dict[str, Tensor]
 
 
+class Lower(NamedTuple):
+    """What is known of a column's lower layers: h_n of layer n = `number`, so that layers up to n need not be computed;
+    and, if n is 1, maybe what layer 2's adapter makes of the sources, g(V(alpha h_1^{<k}))."""
+
+    number: int
+    activation: Tensor
+    projected: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class ColumnLayout:
     """All that determines a column's parameters' shapes; with them it makes a column out of a file again."""
@@ -246,8 +255,7 @@ class Column(nn.Module):
         index: int = 0,
         transform: Transform | None = None,
         activations: list[Tensor] | None = None,
-        first: Tensor | None = None,
-        projected: Tensor | None = None,
+        lower: Lower | None = None,
         heads: Collection[str] = HEADS,
     ) -> tuple[Tensor | None, Tensor | None, LSTMState | None]:
         """Computes the column.
@@ -261,20 +269,22 @@ class Column(nn.Module):
             index: this column's number, handed to `transform`.
             transform: replaces post-activation outputs (perturbation analysis).
             activations: a list that collects h_1 .. h_L.
-            first: h_1 where it is known already (see together.py).
-            projected: g(V(alpha h_1^{<k})) of layer 2's adapter where it is known already (see incremental.py).
+            lower: what is known already (together.py, incremental.py, repeats.py), of layer 1 alone where `transform`
+                or `activations` are given. `sources` need not hold what those layers read.
             heads: which of "policy" and "value" to compute; none where a frozen column's activations alone are wanted.
 
         Returns:
             logits (B*T, A), value (B*T,), state after the last step; None for a head that is not computed.
         """
-        h = obs
+        done, h, projected = lower or Lower(0, obs)
         states: list[tuple[Tensor, Tensor]] = []
         for number, layer in enumerate(self.layers, start=1):
+            if number < done:
+                continue
             lateral = self._lateral(str(number))
-            source = None if lateral is None else sources[number - 1]
-            if number == 1 and first is not None:
-                h = first
+            source = None if lateral is None else sources.get(number - 1)
+            if number == done:
+                pass
             elif isinstance(layer, nn.Conv2d):
                 pre = F.conv2d(h, *self._affine(number, layer), layer.stride, layer.padding)
                 if lateral is not None:
@@ -291,10 +301,10 @@ class Column(nn.Module):
                     h = torch.cat([h, lateral.project(source)], dim=1)
                 if state is None or time_shape is None:
                     raise ValueError("a recurrent column needs obs of shape (B, T, ...) and a state; got none")
-                done = sum(n.shape[1] for n, _ in states)
+                start = sum(n.shape[1] for n, _ in states)
                 before = (
-                    state.h[:, done : done + layer.hidden_size],
-                    state.c[:, done : done + layer.hidden_size],
+                    state.h[:, start : start + layer.hidden_size],
+                    state.c[:, start : start + layer.hidden_size],
                 )
                 h, after = _run_lstm(layer, h.view(*time_shape, -1), before, resets)
                 states.append(after)
@@ -315,6 +325,12 @@ class Column(nn.Module):
 
     def _lateral(self, key: str) -> Lateral | None:
         return self.laterals[key] if key in self.laterals else None  # noqa: SIM401 (a ModuleDict has no get)
+
+    @property
+    def map_adapter(self) -> Adapter | None:
+        """Layer 2's, if it reads maps."""
+        lateral = self._lateral("2")
+        return lateral if isinstance(lateral, Adapter) and lateral.convolutional else None
 
     def first_affine(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of layer 1 with the input's scale and shift in them."""

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rllib_pnn.network.adapter import Adapter, adapted
+from rllib_pnn.network.adapter import adapted
 from rllib_pnn.network.column import Column
 from rllib_pnn.network.together import first_layers
 
@@ -39,7 +39,7 @@ _Affine = tuple[Tensor, Tensor]  # weight and bias
 class FirstLayers(NamedTuple):
     """h_1 of columns and what layer 2's adapters make of it. Valid until the next call of what gave it."""
 
-    sources: Tensor | None  # (B, sum of maps, H_1, W_1), h_1 of the columns that others read, side by side
+    sources: Tensor | None  # (B, sum of maps, H_1, W_1), h_1 of those that others read, side by side
     each: list[Tensor]  # h_1 of every column, in one piece
     projected: list[Tensor | None]  # g(V(alpha h_1^{<k})) of every column that has such an adapter
 
@@ -56,7 +56,7 @@ class _Known:
 
     @classmethod
     def of(cls, column: Column) -> _Known:
-        adapter = _adapter(column)
+        adapter = column.map_adapter
         parts = [column.layers[0], *([adapter.project_layer] if adapter else [])]
         used = [] if column.is_frozen else [p for part in parts for p in part.parameters()]
         if adapter and not column.is_frozen:
@@ -109,7 +109,7 @@ class IncrementalFirstLayer:
         """
         columns = [*sources, *([] if newest is None else [newest])]
         layer = _common_layer(columns)
-        if layer is None or not _is_supported(obs, layer):
+        if layer is None or not is_supported(obs, layer):
             return None
         if self._skip:
             self._skip -= 1
@@ -155,7 +155,9 @@ class IncrementalFirstLayer:
         self._ends = [0, *itertools.accumulate(known.width for known in self._known)]
         self._seen = obs.numpy().copy()
         each = [part.contiguous() for part in joint.split([known.width for known in self._known], 1)]
-        sources = joint[:, : self._ends[num_sources]].contiguous() if num_sources else None
+        sources = each[0] if num_sources == 1 else None
+        if num_sources > 1:
+            sources = joint[:, : self._ends[num_sources]].contiguous()
         self._kept = FirstLayers(sources, each, [_projected(column, sources) for column in columns])
         return self._kept
 
@@ -172,7 +174,7 @@ class IncrementalFirstLayer:
         affine, projection = self._get_operands(known)
         found = _read_strip(strip, affine).relu_()
         parts = [*zip(self._kept.each, found.split(widths), strict=False)]
-        if self._kept.sources is not None:
+        if self._kept.sources is not None and self._kept.sources is not self._kept.each[0]:
             parts.append((self._kept.sources, found[: self._kept.sources.shape[1]]))
         if projection is not None:
             products = torch.addmm(projection[1].unsqueeze(1), projection[0], found[: projection[0].shape[1]]).relu_()
@@ -199,9 +201,10 @@ class IncrementalFirstLayer:
         for j in which:
             column = self._known[j].column
             self._known[j] = _Known.of(column)
-            self._kept.each[j] = _convolved(h, column)
-            if self._kept.sources is not None and self._ends[j + 1] <= self._kept.sources.shape[1]:
-                self._kept.sources[:, self._ends[j] : self._ends[j + 1]] = self._kept.each[j]
+            each, sources = self._kept.each, self._kept.sources
+            each[j].copy_(_convolved(h, column))
+            if sources is not None and sources is not each[0] and self._ends[j + 1] <= sources.shape[1]:
+                sources[:, self._ends[j] : self._ends[j + 1]] = each[j]
             self._kept.projected[j] = _projected(column, self._kept.sources)
 
 
@@ -234,20 +237,37 @@ def strip_of_patches(pixels: np.ndarray, where: np.ndarray, kernel: int, stride:
         pixels: (B, C, H, W) bytes, contiguous.
         where: indices into (B, H_1, W_1), flattened; N is their number, filled up to a multiple of 256 with zeros.
     """
+    windows, (image, y, x) = _windows(pixels, kernel, stride), _coordinates(pixels, where, kernel, stride)
+    strip = np.zeros((pixels.shape[1], kernel, -(-len(where) // _STRIP) * _STRIP), windows.dtype)
+    strip[:, :, : len(where)] = windows.transpose(3, 4, 0, 1, 2)[:, :, image, y, x]
+    return torch.from_numpy(strip.view(np.uint8)).unsqueeze(0).to(torch.float32)
+
+
+def patches_at(pixels: np.ndarray, where: np.ndarray, kernel: int, stride: int) -> Tensor:
+    """The same patches one by one, (N, C, kernel, kernel) floats; N is not filled up."""
+    windows, (image, y, x) = _windows(pixels, kernel, stride), _coordinates(pixels, where, kernel, stride)
+    patches = np.ascontiguousarray(windows[image, y, x])  # (N, C, kernel) rows
+    return torch.from_numpy(patches.view(np.uint8)).view(*patches.shape, kernel).to(torch.float32)
+
+
+def _windows(pixels: np.ndarray, kernel: int, stride: int) -> np.ndarray:
+    """All patches without copying one, (B, H_1, W_1, C, kernel); a row of a patch is one item, wherever it starts."""
     batch, channels, height, width = pixels.shape
-    high, wide = ((n - kernel) // stride + 1 for n in (height, width))
-    # A row of a patch is one item, wherever it starts.
     row = np.dtype(_WORDS.get(kernel, f"V{kernel}"))
-    windows = np.lib.stride_tricks.as_strided(
+    return np.lib.stride_tricks.as_strided(
         pixels.reshape(-1)[:kernel].view(row),
-        (channels, kernel, batch, high, wide),
-        (height * width, width, channels * height * width, stride * width, stride),
+        (batch, (height - kernel) // stride + 1, (width - kernel) // stride + 1, channels, kernel),
+        (channels * height * width, stride * width, stride, height * width, width),
         writeable=False,
     )
+
+
+def _coordinates(
+    pixels: np.ndarray, where: np.ndarray, kernel: int, stride: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    high, wide = ((n - kernel) // stride + 1 for n in pixels.shape[2:])
     image, position = np.divmod(where, high * wide)
-    strip = np.zeros((channels, kernel, -(-len(where) // _STRIP) * _STRIP), row)
-    strip[:, :, : len(where)] = windows[:, :, image, position // wide, position % wide]
-    return torch.from_numpy(strip.view(np.uint8)).unsqueeze(0).to(torch.float32)
+    return image, position // wide, position % wide
 
 
 def _read_strip(strip: Tensor, affine: _Affine) -> Tensor:
@@ -261,14 +281,8 @@ def _convolved(obs: Tensor, column: Column) -> Tensor:
     return F.conv2d(obs, *column.first_affine(), layer.stride, layer.padding).relu_()
 
 
-def _adapter(column: Column) -> Adapter | None:
-    """Layer 2's, if it reads maps."""
-    lateral = column.laterals["2"] if "2" in column.laterals else None  # noqa: SIM401 (a ModuleDict has no get)
-    return lateral if isinstance(lateral, Adapter) and lateral.convolutional else None
-
-
 def _projected(column: Column, sources: Tensor | None) -> Tensor | None:
-    adapter = _adapter(column)
+    adapter = column.map_adapter
     return None if adapter is None or sources is None else adapter.project(sources[:, : adapter.num_features])
 
 
@@ -300,7 +314,8 @@ def _common_layer(columns: Sequence[Column]) -> nn.Conv2d | None:
     return first
 
 
-def _is_supported(obs: Tensor, layer: nn.Conv2d) -> bool:
+def is_supported(obs: Tensor, layer: nn.Conv2d) -> bool:
+    """Whether patches can be compared: bytes on the CPU, no padding, kernel and width multiples of the stride."""
     (kernel, wide), (stride, _) = layer.kernel_size, layer.stride
     return (
         obs.device.type == layer.weight.device.type == "cpu"

@@ -22,12 +22,14 @@ from rllib_pnn.network.column import (
     Column,
     ColumnLayout,
     ColumnOutput,
+    Lower,
     LSTMState,
     Transform,
     check_source,
     layer_shapes,
 )
 from rllib_pnn.network.incremental import FirstLayers, IncrementalFirstLayer
+from rllib_pnn.network.repeats import lower_layers
 from rllib_pnn.network.spec import ColumnSpec
 from rllib_pnn.network.together import Graph, SideBySide, first_layers
 
@@ -228,6 +230,7 @@ class ProgressiveNetwork(nn.Module):
         transform: Transform | None = None,
         heads: Collection[str] = HEADS,
         incremental: IncrementalFirstLayer | None = None,
+        num_envs: int | None = None,
     ) -> ColumnOutput:
         """Policy and value of one column.
 
@@ -235,18 +238,21 @@ class ProgressiveNetwork(nn.Module):
             obs: (B, *observation_shape), or (B, T, *observation_shape) for recurrent networks; bytes or floats.
             column: which column; negative counts from the newest.
             state: LSTM states of **all** columns, `{"h": (B, S), "c": (B, S)}`, as `initial_state` gives them.
-            sources: the result of `sources()` for the same obs, to skip computing earlier columns again.
+            sources: the result of `sources()` for the same obs, to skip computing earlier columns again; (T, N, ...)
+                where `num_envs` is given.
             resets: (B, T) bool, true where an episode starts (LSTM states are zeroed before that step).
             transform: `(column, layer, activation) -> activation` on every post-activation output.
             heads: `("policy",)` or `("value",)` where the other is of no use: with laterals from seven columns a head
                 is a dense layer of 460,000 weights.
             incremental: the caller's, for observations that follow each other: what it has of the last ones is used
                 where that changes no bit. Without effect where gradients are recorded.
+            num_envs: obs are time steps of so many environments, time-major: obs[i] follows obs[i - num_envs]. Patches
+                that they repeat are then computed once where gradients are recorded (see repeats.py).
 
         Returns:
             `ColumnOutput`; the state has the shape that came in, columns above `column` unchanged.
         """
-        return self._evaluate(obs, column, state, sources, resets, transform, heads, incremental)[0]
+        return self._evaluate(obs, column, state, sources, resets, transform, heads, incremental, num_envs)[0]
 
     def forward_with_sources(
         self,
@@ -262,7 +268,7 @@ class ProgressiveNetwork(nn.Module):
 
         With `incremental` those activations are valid until its next use.
         """
-        return self._evaluate(obs, column, state, None, resets, None, heads, incremental)
+        return self._evaluate(obs, column, state, None, resets, None, heads, incremental, None)
 
     def _evaluate(
         self,
@@ -274,6 +280,7 @@ class ProgressiveNetwork(nn.Module):
         transform: Transform | None,
         heads: Collection[str],
         incremental: IncrementalFirstLayer | None,
+        num_envs: int | None,
     ) -> tuple[ColumnOutput, dict[int, Tensor]]:
         k = self._index(column)
         obs, time_shape = self._prepare(obs)
@@ -281,42 +288,51 @@ class ProgressiveNetwork(nn.Module):
         states = self._split_state(state, time_shape)
         new_states = dict(states)
         learns = torch.is_grad_enabled() and not self.columns[k].is_frozen
+        newest = self.columns[k]
         known: FirstLayers | None = None
         if incremental is not None and transform is None and not learns:
-            known = incremental(obs, self.columns[: self.columns[k].num_sources], self.columns[k])
+            known = incremental(obs, self.columns[: newest.num_sources], newest)
+        steps = leading if num_envs is None else (len(obs) // num_envs, num_envs)
+        if math.prod(steps) != len(obs):
+            raise ValueError(f"num_envs: {len(obs)} observations are no time steps of {num_envs} environments")
         pixels: Tensor | None = None
-        first: Tensor | None = None
+        lower: Lower | None = None
         if given is not None:
-            sources = self._check_sources(given, k, leading)
+            sources = self._check_sources(given, k, steps)
         else:
-            sources, first, pixels = self._compute_sources(
+            found, first, pixels = self._compute_sources(
                 obs, k, states, new_states, time_shape, resets, transform, known, with_first=not learns
             )
+            sources = _unflattened(found, steps)
+            lower = None if first is None else Lower(1, first)
         if known is not None:
-            first = known.each[-1]
+            lower = Lower(1, known.each[-1], known.projected[-1])
+        elif num_envs is not None and learns and transform is None:
+            lower = lower_layers(obs, num_envs, newest, sources)
+        # What no layer to come reads need not be brought into shape.
+        lowest = 2 if lower is not None and (lower.number > 1 or lower.projected is not None) else 1
         # Gradients of convolutions come faster on channels-last memory. Frozen columns, and a column that is only
         # asked, always see the default layout, so that freezing changes no bit of what is computed.
         layout = torch.channels_last if learns and obs.dim() == 4 else torch.contiguous_format
-        if first is not None:
+        if lower is not None:
             pixels = obs  # nothing reads them any more
         elif pixels is None or layout is torch.channels_last:
             pixels = self._to_float(obs, layout)
-        logits, value, new_states[k] = self.columns[k](
+        logits, value, new_states[k] = newest(
             pixels,
-            sources,
+            {n: source.flatten(0, len(steps) - 1) for n, source in sources.items() if n >= lowest},
             states.get(k),
             time_shape=time_shape,
             resets=resets,
             index=k,
             transform=transform,
-            first=first,
-            projected=None if known is None else known.projected[-1],
+            lower=lower,
             heads=heads,
         )
         absent = torch.empty(0, device=self.device)
         logits = absent if logits is None else logits.view(*leading, logits.shape[1])
         value = absent if value is None else value.view(leading)
-        return ColumnOutput(logits, value, self._join_state(new_states)), _with_time(sources, time_shape)
+        return ColumnOutput(logits, value, self._join_state(new_states)), sources
 
     @torch.no_grad()
     def sources(
@@ -346,7 +362,7 @@ class ProgressiveNetwork(nn.Module):
         if known is not None and known.sources is not None:  # what this gives stays valid
             known = known._replace(sources=known.sources.clone())
         out, _, _ = self._compute_sources(obs, k, states, new_states, time_shape, resets, None, known, with_first=False)
-        return _with_time(out, time_shape), self._join_state(new_states)
+        return _unflattened(out, time_shape or (len(obs),)), self._join_state(new_states)
 
     def activations(
         self,
@@ -449,15 +465,14 @@ class ProgressiveNetwork(nn.Module):
                     index=j,
                     transform=transform,
                     activations=layers,
-                    first=firsts[j],
-                    projected=projected[j],
+                    lower=None if (first := firsts[j]) is None else Lower(1, first, projected[j]),
                     heads=(),
                 )
                 kept.add(layers)
         return kept.before(len(columns), self.columns[k].reads), firsts[-1], None if known is not None else h
 
     def _check_sources(self, sources: Mapping[int, Tensor], k: int, leading: tuple[int, ...]) -> dict[int, Tensor]:
-        """Sources that a caller kept, with one batch axis; `leading` is (B,) or (B, T)."""
+        """Those of the sources that a caller kept that column k reads, (*leading, ...) each."""
         checked = {}
         for number in self.columns[k].reads:
             if number not in sources:
@@ -465,7 +480,7 @@ class ProgressiveNetwork(nn.Module):
             found, expected = tuple(sources[number].shape), (*leading, *self._source_shape(k, number))
             if found != expected:
                 raise ValueError(f"sources: layer {number}: expected {expected}, got {found}")
-            checked[number] = sources[number].flatten(0, len(leading) - 1)
+            checked[number] = sources[number]
         return checked
 
     def _source_shape(self, k: int, number: int) -> tuple[int, ...]:
@@ -502,9 +517,9 @@ def interleaved(planes: Tensor) -> Tensor:
     return torch.stack(planes.unbind(1), dim=-1).permute(0, 3, 1, 2)
 
 
-def _with_time(sources: Mapping[int, Tensor], time_shape: tuple[int, int] | None) -> dict[int, Tensor]:
-    """(B*T, ...) -> (B, T, ...)"""
-    return {n: s.unflatten(0, time_shape) if time_shape else s for n, s in sources.items()}
+def _unflattened(sources: Mapping[int, Tensor], leading: tuple[int, ...]) -> dict[int, Tensor]:
+    """(B * T, ...) -> (*leading, ...)"""
+    return {n: source.unflatten(0, leading) if len(leading) > 1 else source for n, source in sources.items()}
 
 
 def _column_seed(seed: int, index: int) -> int:

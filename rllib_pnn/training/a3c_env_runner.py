@@ -49,6 +49,7 @@ from rllib_pnn.envs.score import EPISODE_SCORE, episode_scores
 from rllib_pnn.envs.stagger import cut_now, stagger_episodes
 from rllib_pnn.network.memory import lean_memory
 from rllib_pnn.training.a3c_loss import a3c_loss, n_step_advantages
+from rllib_pnn.training.rl_module import NUM_ENVS, SOURCES
 from rllib_pnn.training.shared_memory import Mailbox, Slot
 
 logger = logging.getLogger(__name__)
@@ -158,20 +159,29 @@ class GradientInfo:
 class Rollout:
     """T steps of N environments. Tensors are on the module's device; states have the environments as first axis."""
 
-    obs: Tensor  # (T, N, ...), the env's dtype; reused by the next rollout
+    observations: Tensor  # (T + 1, N, ...), the env's dtype; reused by the next rollout
     actions: Tensor  # (T, N, ...)
     rewards: np.ndarray  # (T, N) float32, clipped if the config says so
     terminated: np.ndarray  # (T, N) bool
     done: np.ndarray  # (T, N) bool
     valid: np.ndarray  # (T, N) bool, false on reset steps (NEXT_STEP)
     resets: np.ndarray  # (T, N) bool, true where this step ended with a reset: the next one starts an episode
-    last_obs: Tensor  # (N, ...)
     state: Any  # before the first step; None if feed-forward
     last_state: Any
-    features: dict[str, Tensor]  # (T, N, ...), the module's `frozen_features`; reused by the next rollout
-    last_features: dict[str, Tensor]  # of last_obs, as the module gave them
+    features: dict[str, Tensor]  # (T + 1, N, ...), the module's `frozen_features`; reused by the next rollout
+    last_features: dict[str, Tensor]  # of last_obs, as the module gave them, LSTM states among them
     # SAME_STEP: (t, n, obs, state) of truncations, whose last observation the env has replaced.
     final: list[tuple[int, int, Tensor, Any]]
+
+    @property
+    def obs(self) -> Tensor:
+        """(T, N, ...): what was acted on."""
+        return self.observations[:-1]
+
+    @property
+    def last_obs(self) -> Tensor:
+        """(N, ...): what the last step led to."""
+        return self.observations[-1]
 
     def divide(self, count: int) -> list[Rollout]:
         """The same transitions as `count` rollouts of N / count environments each, as equal as can be; views."""
@@ -186,14 +196,13 @@ class Rollout:
             return None if state is None else tree.map_structure(lambda leaf: leaf[part], state)
 
         return Rollout(
-            obs=self.obs[:, part],
+            observations=self.observations[:, part],
             actions=self.actions[:, part],
             rewards=self.rewards[:, part],
             terminated=self.terminated[:, part],
             done=self.done[:, part],
             valid=self.valid[:, part],
             resets=self.resets[:, part],
-            last_obs=self.last_obs[part],
             state=first(self.state),
             last_state=first(self.last_state),
             features={key: feature[:, part] for key, feature in self.features.items()},
@@ -252,7 +261,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         self._has_learner_state = False
         self._restart_rollouts = self._env_is_new = True
         self._obs_buffer: Tensor | None = None
-        self._feature_buffers: dict[str, Tensor] = {}  # (T, N, ...), as `_obs_buffer` reused by the next rollout
+        self._feature_buffers: dict[str, Tensor] = {}  # (T + 1, N, ...), as `_obs_buffer` reused by the next rollout
         # Where the next rollout goes on: observations and recurrent states (N, ...), and which envs reset next (N,).
         self._obs: np.ndarray = np.empty(0)
         self._state: Any = None
@@ -478,7 +487,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             out, step_features = self._act(self._make_batch(obs[t], self._state))
             for key, feature in step_features.items():
                 if key not in features:
-                    features[key] = feature.new_empty((length, *feature.shape))
+                    features[key] = feature.new_empty((length + 1, *feature.shape))
                 features[key][t] = feature
             logits = out[Columns.ACTION_DIST_INPUTS]
             action = distribution.from_logits(logits.squeeze(1) if recurrent else logits).sample()
@@ -510,16 +519,17 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         last_obs = obs[length].copy_(torch.from_numpy(self._obs))
         last_batch = self._make_batch(last_obs, self._state)
         self._last_features = last_features = self._frozen_features(last_batch)
+        for key, feature in self._per_step(last_features, recurrent).items():
+            features[key][length] = feature
         self._num_rollouts_unreported += 1
         return Rollout(
-            obs=obs[:length],
+            observations=obs,
             actions=torch.stack(actions),
             rewards=self._clip_rewards(rewards),
             terminated=terminated,
             done=done,
             valid=valid,
             resets=resets,
-            last_obs=last_obs,
             state=first_state,
             last_state=self._state,
             features=dict(features),
@@ -711,9 +721,8 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         """
         start = time.perf_counter()
         layout = self._get_layout()
-        last_values = self._last_values(rollout)
         final_values = self._final_values(rollout)
-        logits, values = self._forward(rollout)
+        logits, values, last_values = self._forward(rollout)
         values_np = values.detach().cpu().numpy().reshape(rollout.rewards.shape)
         # NEXT_STEP envs show an episode's last state as the next step's, so it needs no special treatment there.
         next_values = np.concatenate([values_np[1:], last_values[None]])
@@ -758,11 +767,6 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         return gradient, stats
 
     @torch.no_grad()
-    def _last_values(self, rollout: Rollout) -> np.ndarray:
-        """V(s_T) of every environment, (N,)."""
-        return self._values(rollout.last_obs, rollout.last_state, rollout.last_features)
-
-    @torch.no_grad()
     def _final_values(self, rollout: Rollout) -> np.ndarray:
         """V of the states in `rollout.final`, (len(final),)."""
         if not rollout.final:
@@ -781,20 +785,34 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         batch.update(features)
         return self.module.compute_values(batch).reshape(len(obs)).cpu().numpy()
 
-    def _forward(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Action distribution inputs (M, A) and values (M,) of all M = T * N transitions, time-major, with gradient."""
-        columns = {Columns.OBS: rollout.obs, **rollout.features}
-        if rollout.state is None:
-            batch: dict[str, Any] = {key: column.flatten(0, 1) for key, column in columns.items()}
-            order = None
-        else:
-            batch, order = self._episode_sequences(rollout, columns)
+    def _forward(self, rollout: Rollout) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Action distribution inputs (M, A) and values (M,) of all M = T * N transitions, time-major, with gradient.
+
+        And V(s_T) of every environment, (N,).
+        """
+        if rollout.state is not None:
+            return self._forward_sequences(rollout)
+        # The last observations go along: a pass of their own takes longer.
+        batch: dict[str, Any] = {Columns.OBS: rollout.observations.flatten(0, 1)}
+        follows = hasattr(self.module, "follows_environments")
+        if follows:
+            batch[NUM_ENVS] = rollout.rewards.shape[1]
+        for key, feature in rollout.features.items():
+            batch[key] = feature if follows and key.startswith(SOURCES) else feature.flatten(0, 1)
         out = self.module.forward_train(batch)
         values = self.module.compute_values(batch, embeddings=out.get(Columns.EMBEDDINGS))
-        logits = out[Columns.ACTION_DIST_INPUTS]
-        if order is None:
-            return logits, values
-        return logits.flatten(0, 1)[order], values.flatten()[order]
+        count = rollout.rewards.size
+        return out[Columns.ACTION_DIST_INPUTS][:count], values[:count], values[count:].detach().cpu().numpy()
+
+    def _forward_sequences(self, rollout: Rollout) -> tuple[Tensor, Tensor, np.ndarray]:
+        """The same of a recurrent module."""
+        with torch.no_grad():
+            last_values = self._values(rollout.last_obs, rollout.last_state, rollout.last_features)
+        columns = {Columns.OBS: rollout.obs, **{key: feature[:-1] for key, feature in rollout.features.items()}}
+        batch, order = self._episode_sequences(rollout, columns)
+        out = self.module.forward_train(batch)
+        values = self.module.compute_values(batch, embeddings=out.get(Columns.EMBEDDINGS))
+        return out[Columns.ACTION_DIST_INPUTS].flatten(0, 1)[order], values.flatten()[order], last_values
 
     def _episode_sequences(self, rollout: Rollout, columns: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
         """Cuts the rollout where episodes start, because a recurrent module runs each sequence from one state.

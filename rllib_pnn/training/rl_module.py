@@ -35,6 +35,8 @@ from rllib_pnn.network.spec import ColumnSpec
 ARCHITECTURES = ("progressive", "scratch", "finetune_heads", "finetune_all", "random_column")
 MODEL_CONFIG_KEY = "progressive"  # under which all of this package's settings stand in RLlib's model_config
 SOURCES = "sources/"  # prefix of batch columns that hold activations of frozen columns
+# In a batch: its rows are time steps of so many environments, time-major; `SOURCES` are then (T, N, ...).
+NUM_ENVS = "num_envs"
 _STATE_KEYS = ("h", "c")
 _ONE_PASS = ("frozen_features", "_evaluate", "_forward", "_forward_exploration")  # see forward_with_features
 
@@ -227,6 +229,7 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
             sources=sources,
             heads=heads,
             incremental=incremental,
+            num_envs=batch.get(NUM_ENVS),
         )
         if output.state and sources is not None and SOURCES + "h" in batch:
             width = self._frozen_width

@@ -1,0 +1,240 @@
+"""A rollout's repeated patches, computed once: the numbers and gradients of the ordinary way, with fewer rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rllib_pnn
+from rllib_pnn import A3CConfig, ProgressiveNetwork, make_progressive
+from rllib_pnn.network import progressive, repeats
+from rllib_pnn.network.repeats import Repeats, find_repeats, lower_layers
+
+STEPS, ENVS = 9, 3
+SHAPE = (4, 36, 36)
+SMALL = [{"conv": [12, 8, 4]}, {"conv": [5, 3]}, {"dense": 8}]
+
+
+def make(num_columns: int, spec: Any = SMALL, shape: tuple[int, ...] = SHAPE, **kwargs: Any) -> ProgressiveNetwork:
+    network = ProgressiveNetwork(shape, 3, spec, **kwargs)
+    for k in range(num_columns):
+        network.add_column(input_shift=0.1 * k)
+    return network
+
+
+def rollout(shape: tuple[int, ...] = SHAPE, steps: int = STEPS, envs: int = ENVS) -> Tensor:
+    """(T * N, C, H, W): something moves in every environment; one of them shows something new in between."""
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (envs, *shape), dtype=np.uint8)
+    found = []
+    for t in range(steps):
+        images = images.copy()
+        for n in range(envs):
+            y, x = rng.integers(0, shape[1] - 1), rng.integers(0, shape[2] - 1)
+            images[n, rng.integers(0, shape[0]), y, x] = rng.integers(0, 256)
+        if t == 4:
+            images[1] = rng.integers(0, 256, shape)
+        found.append(images)
+    return torch.from_numpy(np.concatenate(found))
+
+
+def outputs_and_gradients(
+    network: ProgressiveNetwork, obs: Tensor, num_envs: int | None, sources: Any = None
+) -> list[Tensor]:
+    output = network(obs, num_envs=num_envs, sources=sources)
+    weights = torch.linspace(-1, 1, output.logits.shape[1])
+    loss = (output.logits * weights).sin().sum() + (output.value * torch.linspace(0, 1, len(obs))).cos().sum()
+    gradients = torch.autograd.grad(loss, network.trainable_parameters(), allow_unused=True, materialize_grads=True)
+    return [output.logits.detach(), output.value.detach(), *gradients]
+
+
+def assert_close(found: list[Tensor], wanted: list[Tensor]) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).norm() <= 5e-3 * b.norm() + 1e-7  # a ReLU at 0 may fall to either side
+
+
+def some_repeats(steps: int = 6, envs: int = 2, height: int = 5, width: int = 4) -> Repeats:
+    is_new = np.random.default_rng(0).random((steps, envs, height, width)) < 0.2
+    is_new[0] = True
+    return Repeats(np.flatnonzero(is_new), (steps, envs, height, width))
+
+
+def rows_one_by_one(found: Repeats) -> np.ndarray:
+    """(T, N * H * W): which of the rows stands at each position."""
+    steps, width = found.shape[0], int(np.prod(found.shape[1:]))
+    index = np.empty((steps, width), int)
+    for t in range(steps):
+        for p in range(width):
+            at = np.searchsorted(found.rows, t * width + p)
+            is_new = at < len(found.rows) and found.rows[at] == t * width + p
+            index[t, p] = at if is_new else index[t - 1, p]
+    return index
+
+
+def test_spread_and_gather_one_by_one() -> None:
+    found = some_repeats()
+    index = rows_one_by_one(found)
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(len(found.rows), 3))
+    assert np.array_equal(found.spread(values), values[index])
+    gradients = rng.normal(size=(*index.shape, 3))
+    sums = np.zeros_like(values)
+    np.add.at(sums, index, gradients)
+    np.testing.assert_allclose(found.gather(gradients), sums)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (2, 2), (4, 3)])
+def test_the_layer_above_one_by_one(kernel: int, stride: int) -> None:
+    found = some_repeats(height=8, width=7)
+    steps, envs, height, width = found.shape
+    upper, read = found.above(kernel, stride)
+    index = rows_one_by_one(found).reshape(found.shape)
+    high, wide = (height - kernel) // stride + 1, (width - kernel) // stride + 1
+    assert upper.shape == (steps, envs, high, wide)
+    rows, patches = [], []
+    for t in range(steps):
+        for n in range(envs):
+            for y in range(high):
+                for x in range(wide):
+                    at = np.s_[n, y * stride : y * stride + kernel, x * stride : x * stride + kernel]
+                    if t == 0 or (index[t][at] != index[t - 1][at]).any():
+                        rows.append(((t * envs + n) * high + y) * wide + x)
+                        patches.append(index[t][at].reshape(-1))
+    assert upper.rows.tolist() == rows
+    assert np.array_equal(read, patches)
+
+
+def test_take_in_both_directions() -> None:
+    rng = np.random.default_rng(0)
+    values = torch.randn(7, 3, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    read = rng.integers(0, 7, (5, 4))
+    found, wanted = repeats._Take.apply(values, read), values[torch.from_numpy(read)].flatten(1)
+    assert torch.equal(found, wanted)
+    weights = torch.from_numpy(rng.normal(size=(5, 12)).astype(np.float32))
+    a, b = (torch.autograd.grad((x * weights).sum(), values)[0] for x in (found, wanted))
+    torch.testing.assert_close(a, b)
+
+
+def test_every_patch_is_among_the_rows() -> None:
+    obs, network = rollout(), make(1)
+    layer = network.columns[0].layers[0]
+    found = find_repeats(obs, ENVS, layer)
+    patches = F.unfold(obs.float(), 8, stride=4).transpose(1, 2)  # (T * N, positions, features)
+    rows = patches.flatten(0, 1)[torch.from_numpy(found.rows)].numpy()
+    assert np.array_equal(found.spread(rows).reshape(patches.shape), patches.numpy())
+    assert len(found.rows) < 0.3 * patches[..., 0].numel()
+
+
+@pytest.mark.parametrize("lateral", ["adapter", "linear", "none"])
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        (SMALL, SHAPE),
+        ("atari", (4, 84, 84)),
+        ([{"conv": [6, 8, 4]}, {"conv": [5, 3, 2, 1]}, {"dense": 8}], SHAPE),  # layer 2 is padded
+        ([{"conv": [6, 8, 4]}, {"dense": 8}], SHAPE),
+        ([{"conv": [6, 4, 2]}], (2, 19, 22)),
+        ([{"conv": [6, 8, 4]}, {"conv": [5, 6]}, {"dense": 8}], SHAPE),  # a patch of layer 2 hardly ever repeats
+    ],
+)
+@pytest.mark.parametrize("num_columns", [1, 3])
+def test_outputs_and_gradients_are_those_of_the_ordinary_way(
+    num_columns: int, spec: Any, shape: tuple[int, ...], lateral: str
+) -> None:
+    network, obs = make(num_columns, spec, shape, lateral=lateral), rollout(shape)
+    assert lower_layers_of(network, obs) is not None
+    assert_close(outputs_and_gradients(network, obs, ENVS), outputs_and_gradients(network, obs, None))
+    if num_columns > 1:
+        sources, _ = network.sources(obs)
+        shaped = {n: source.unflatten(0, (STEPS, ENVS)) for n, source in sources.items()}
+        assert_close(
+            outputs_and_gradients(network, obs, ENVS, shaped), outputs_and_gradients(network, obs, None, sources)
+        )
+
+
+def lower_layers_of(network: ProgressiveNetwork, obs: Tensor) -> Any:
+    sources, _ = network.sources(obs)
+    shaped = {n: source.unflatten(0, (STEPS, ENVS)) for n, source in sources.items()}
+    return lower_layers(obs, ENVS, network.columns[-1], shaped)
+
+
+def test_how_far_up_it_goes() -> None:
+    obs = rollout()
+    assert lower_layers_of(make(2), obs).number == 2
+    padded = lower_layers_of(make(2, [{"conv": [6, 8, 4]}, {"conv": [5, 3, 2, 1]}, {"dense": 8}]), obs)
+    assert padded.number == 1 and padded.projected is not None
+    dense = lower_layers_of(make(2, [{"conv": [6, 8, 4]}, {"dense": 8}]), obs)
+    assert dense.number == 1 and dense.projected is None
+    wide = lower_layers_of(make(2, [{"conv": [6, 8, 4]}, {"conv": [5, 6]}, {"dense": 8}]), obs)
+    assert wide.number == 1 and wide.projected is not None
+
+
+def test_layers_are_computed_for_the_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, conv2d = [], F.conv2d
+    product = repeats._product
+    monkeypatch.setattr(repeats, "_product", lambda x, *args: rows.append(len(x)) or product(x, *args))
+    network, obs = make(2), rollout()
+    sources, _ = network.sources(obs)
+    shaped = {n: source.unflatten(0, (STEPS, ENVS)) for n, source in sources.items()}
+    called = []
+    monkeypatch.setattr(F, "conv2d", lambda *args: called.append(1) or conv2d(*args))
+    network(obs, num_envs=ENVS, sources=shaped)
+    assert not called
+    first, projected, second = rows
+    assert first == projected < 0.3 * len(obs) * 64 and second < 0.5 * len(obs) * 36
+
+
+def test_heads_that_train_alone() -> None:
+    network, obs = make(1), rollout()
+    network.add_column(copy_of=0, trains="heads")
+    assert_close(outputs_and_gradients(network, obs, ENVS), outputs_and_gradients(network, obs, None))
+
+
+@pytest.mark.parametrize("case", ["noise", "floats", "one_step", "uneven"])
+def test_where_it_is_of_no_use_the_ordinary_way_goes_on(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, obs, num_envs = make(2), rollout(), ENVS
+    if case == "noise":
+        obs = torch.randint(0, 256, obs.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    elif case == "floats":
+        obs = obs.float()
+    elif case == "one_step":
+        num_envs = len(obs)
+    asked = []
+    monkeypatch.setattr(progressive, "lower_layers", lambda *args: asked.append(lower_layers(*args)) or asked[-1])
+    if case == "uneven":
+        with pytest.raises(ValueError, match="num_envs: 27 observations are no time steps of 4 environments"):
+            network(obs, num_envs=4)
+        return
+    pairs = zip(outputs_and_gradients(network, obs, num_envs), outputs_and_gradients(network, obs, None), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert asked == [None]
+
+
+def test_a3c_gradients_of_pong_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    rllib_pnn.register()
+    config = A3CConfig().environment("rllib_pnn/PongSoup-v0")
+    config.env_runners(num_env_runners=0, num_envs_per_env_runner=4, rollout_fragment_length=6)
+    tasks = [{"name": name, "until": {"num_env_steps": 1}} for name in "ab"]
+    config = make_progressive(config, tasks=tasks, column="atari")
+    runner = config.env_runner_cls(config=config, worker_index=0)
+    runner.module.grow({**runner.module.progress, "task_index": 1})
+    with torch.no_grad():
+        for parameter in runner.module.network.trainable_parameters():
+            # Otherwise layer 1 makes 0 of the background, but for rounding, and its ReLU's gradient is 0 or not.
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    asked = []
+    monkeypatch.setattr(progressive, "lower_layers", lambda *args: asked.append(lower_layers(*args)) or asked[-1])
+    for part in runner.collect_rollout().divide(2):
+        found, stats = runner.rollout_gradient(part)
+        assert asked[-1].number == 2
+        with monkeypatch.context() as context:
+            context.setattr(progressive, "lower_layers", lambda *_: None)
+            wanted, wanted_stats = runner.rollout_gradient(part)
+        assert np.linalg.norm(found - wanted) < 1e-4 * np.linalg.norm(wanted)
+        assert stats == pytest.approx(wanted_stats, rel=1e-3, abs=1e-5)
+    runner.stop()
