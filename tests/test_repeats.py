@@ -231,7 +231,7 @@ def test_a3c_gradients_of_pong_with_and_without(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(progressive, "lower_layers", lambda *args: asked.append(lower_layers(*args)) or asked[-1])
     for part in runner.collect_rollout().divide(2):
         found, stats = runner.rollout_gradient(part)
-        assert asked[-1].number == 2
+        assert asked[-1].number >= 2
         with monkeypatch.context() as context:
             context.setattr(progressive, "lower_layers", lambda *_: None)
             wanted, wanted_stats = runner.rollout_gradient(part)

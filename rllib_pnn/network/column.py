@@ -51,7 +51,7 @@ class ColumnOutput(NamedTuple):
 
 class Lower(NamedTuple):
     """What is known of a column's lower layers: h_n of layer n = `number`, so that layers up to n need not be computed;
-    and, if n is 1, maybe what layer 2's adapter makes of the sources, g(V(alpha h_1^{<k}))."""
+    and maybe what layer n + 1's adapter makes of the sources, g(V(alpha h_n^{<k}))."""
 
     number: int
     activation: Tensor
@@ -288,7 +288,7 @@ class Column(nn.Module):
             elif isinstance(layer, nn.Conv2d):
                 pre = F.conv2d(h, *self._affine(number, layer), layer.stride, layer.padding)
                 if lateral is not None:
-                    pre.add_(lateral(source, layout=_layout(h), projected=projected if number == 2 else None))
+                    pre.add_(lateral(source, layout=_layout(h), projected=projected if number == done + 1 else None))
                 h = pre.relu_()
             elif isinstance(layer, nn.Linear):
                 pre = F.linear(h.flatten(1), *self._affine(number, layer))

@@ -310,7 +310,7 @@ class ProgressiveNetwork(nn.Module):
         elif num_envs is not None and learns and transform is None:
             lower = lower_layers(obs, num_envs, newest, sources)
         # What no layer to come reads need not be brought into shape.
-        lowest = 2 if lower is not None and (lower.number > 1 or lower.projected is not None) else 1
+        lowest = 0 if lower is None else lower.number + (lower.projected is not None)
         # Gradients of convolutions come faster on channels-last memory. Frozen columns, and a column that is only
         # asked, always see the default layout, so that freezing changes no bit of what is computed.
         layout = torch.channels_last if learns and obs.dim() == 4 else torch.contiguous_format

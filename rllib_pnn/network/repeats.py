@@ -1,4 +1,4 @@
-"""The first two layers of a column that learns from a rollout: what frames repeat is computed once, in both directions.
+"""The lower layers of a column that learns from a rollout: what frames repeat is computed once, in both directions.
 
 A rollout's observations follow each other, and most of a frame is the frame before (see incremental.py). With index(p)
 the distinct patch that stands at position p of the batch, and X the distinct ones, row by row,
@@ -151,12 +151,12 @@ def find_repeats(obs: Tensor, num_envs: int, layer: nn.Module) -> Repeats | None
 
 
 def lower_layers(obs: Tensor, num_envs: int, column: Column, sources: Mapping[int, Tensor]) -> Lower | None:
-    """The first two layers, or the first one, of a column that learns, with gradients for their parameters.
+    """The lower layers of a column that learns, as far up as patches repeat, with gradients for their parameters.
 
     Args:
         obs: (T * N, C, H, W) bytes, time-major.
         num_envs: N.
-        sources: h_1^{<k} under 1, (T, N, sum of source widths, H_1, W_1), if a lateral reads it.
+        sources: h_i^{<k} of the layers that laterals read, (T, N, sum of source widths, ...).
 
     Returns:
         None where frames repeat little, or layer 1 is not supported.
@@ -168,28 +168,45 @@ def lower_layers(obs: Tensor, num_envs: int, column: Column, sources: Mapping[in
     assert isinstance(layer, nn.Conv2d)
     weight, bias = column.first_affine()
     patches = patches_at(obs.numpy(), repeats.rows, layer.kernel_size[0], layer.stride[0])
-    first = _product(patches.flatten(1), weight.flatten(1), bias)
-    lateral = column.laterals["2"] if "2" in column.laterals else None  # noqa: SIM401 (a ModuleDict has no get)
-    features = None  # what layer 2's lateral convolves, (U, M)
-    if lateral is not None and isinstance(lateral.out, nn.Conv2d):
-        features = _rows(sources[1], repeats)
-        if isinstance(lateral, Adapter):
-            features = _product(features, *lateral.map_affine())
-    second = column.layers[1] if len(column.layers) > 1 else None
-    if isinstance(second, nn.Conv2d) and second.padding in (0, (0, 0)):
-        upper, read = repeats.above(second.kernel_size[0], second.stride[0])
-        if upper.are_worth_it:
-            kernel = second.weight
-            if features is not None:
-                first = torch.cat([first, features], 1)
-                kernel = torch.cat([kernel, lateral.out.weight], 1)  # type: ignore[union-attr]  # checked above
-            patches = _Take.apply(first.contiguous(), read)
-            maps = _product(patches, kernel.permute(0, 2, 3, 1).flatten(1), second.bias)  # type: ignore[arg-type]
-            return Lower(2, _Spread.apply(maps.contiguous(), upper))
+    values = _product(patches.flatten(1), weight.flatten(1), bias)  # h_n, (U, M)
+    number = 0
+    while True:
+        number += 1
+        lateral, above = _lateral(column, number + 1), _convolution(column, number + 1)
+        features = None  # what the lateral of the layer above convolves, (U, M)
+        if lateral is not None:
+            features = _rows(sources[number], repeats)
+            if isinstance(lateral, Adapter):
+                features = _product(features, *lateral.map_affine())
+        if above is None:
+            break
+        upper, read = repeats.above(above.kernel_size[0], above.stride[0])
+        if not upper.are_worth_it:
+            break
+        kernel: Tensor = above.weight
+        if lateral is not None and features is not None:
+            values = torch.cat([values, features], 1)
+            kernel = torch.cat([kernel, lateral.out.weight], 1)
+        patches = _Take.apply(values.contiguous(), read)
+        values = _product(patches, kernel.permute(0, 2, 3, 1).flatten(1), above.bias)
+        repeats = upper
     projected = None
     if features is not None and isinstance(lateral, Adapter):
         projected = _Spread.apply(features.contiguous(), repeats)
-    return Lower(1, _Spread.apply(first.contiguous(), repeats), projected)
+    return Lower(number, _Spread.apply(values.contiguous(), repeats), projected)
+
+
+def _convolution(column: Column, number: int) -> Any:
+    """Layer `number`, an `nn.Conv2d` without padding, or None."""
+    layer = column.layers[number - 1] if number <= len(column.layers) else None
+    return layer if isinstance(layer, nn.Conv2d) and layer.padding in (0, (0, 0)) else None
+
+
+def _lateral(column: Column, number: int) -> Any:
+    """Layer `number`'s, if it convolves maps, or None."""
+    key = str(number)
+    lateral = column.laterals[key] if key in column.laterals else None  # noqa: SIM401 (a ModuleDict has no get)
+    return lateral if lateral is not None and isinstance(lateral.out, nn.Conv2d) else None
 
 
 def _product(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
