@@ -171,7 +171,7 @@ def test_how_far_up_it_goes() -> None:
     dense = lower_layers_of(make(2, [{"conv": [6, 8, 4]}, {"dense": 8}]), obs)
     assert dense.number == 1 and dense.projected is None
     wide = lower_layers_of(make(2, [{"conv": [6, 8, 4]}, {"conv": [5, 6]}, {"dense": 8}]), obs)
-    assert wide.number == 1 and wide.projected is not None
+    assert wide.number == 2 and wide.projected is None
 
 
 def test_layers_are_computed_for_the_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:

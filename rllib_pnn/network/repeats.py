@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.sparse import csc_matrix
 from torch import Tensor, nn
 
@@ -116,7 +117,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Take(torch.autograd.Function):
-    """Rows (U, M) at indices (U', k): (U', k * M). Ten times as fast in reverse as torch's own."""
+    """Rows (U, M) at indices (U', k): (U', k * M). Three times as fast in reverse as torch's `index_add_`."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, read: np.ndarray) -> Tensor:
@@ -169,9 +170,8 @@ def lower_layers(obs: Tensor, num_envs: int, column: Column, sources: Mapping[in
     weight, bias = column.first_affine()
     patches = patches_at(obs.numpy(), repeats.rows, layer.kernel_size[0], layer.stride[0])
     values = _product(patches.flatten(1), weight.flatten(1), bias)  # h_n, (U, M)
-    number = 0
+    number = 1
     while True:
-        number += 1
         lateral, above = _lateral(column, number + 1), _convolution(column, number + 1)
         features = None  # what the lateral of the layer above convolves, (U, M)
         if lateral is not None:
@@ -180,13 +180,16 @@ def lower_layers(obs: Tensor, num_envs: int, column: Column, sources: Mapping[in
                 features = _product(features, *lateral.map_affine())
         if above is None:
             break
-        upper, read = repeats.above(above.kernel_size[0], above.stride[0])
-        if not upper.are_worth_it:
-            break
         kernel: Tensor = above.weight
         if lateral is not None and features is not None:
+            # W h + U z as one convolution of both.
             values = torch.cat([values, features], 1)
             kernel = torch.cat([kernel, lateral.out.weight], 1)
+        upper, read = repeats.above(above.kernel_size[0], above.stride[0])
+        number += 1
+        if not upper.are_worth_it:
+            maps = _Spread.apply(values.contiguous(), repeats)
+            return Lower(number, F.conv2d(maps, kernel, above.bias, above.stride).relu_())
         patches = _Take.apply(values.contiguous(), read)
         values = _product(patches, kernel.permute(0, 2, 3, 1).flatten(1), above.bias)
         repeats = upper
