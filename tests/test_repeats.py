@@ -109,15 +109,22 @@ def test_the_layer_above_one_by_one(kernel: int, stride: int) -> None:
     assert np.array_equal(read, patches)
 
 
-def test_take_in_both_directions() -> None:
-    rng = np.random.default_rng(0)
-    values = torch.randn(7, 3, requires_grad=True, generator=torch.Generator().manual_seed(0))
-    read = rng.integers(0, 7, (5, 4))
-    found, wanted = repeats._Take.apply(values, read), values[torch.from_numpy(read)].flatten(1)
-    assert torch.equal(found, wanted)
-    weights = torch.from_numpy(rng.normal(size=(5, 12)).astype(np.float32))
-    a, b = (torch.autograd.grad((x * weights).sum(), values)[0] for x in (found, wanted))
-    torch.testing.assert_close(a, b)
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (4, 2), (3, 2), (2, 3)])
+def test_a_convolution_of_rows_in_both_directions(kernel: int, stride: int) -> None:
+    found = some_repeats(height=8, width=7)
+    generator = torch.Generator().manual_seed(0)
+    operands = [
+        torch.randn(shape, generator=generator, requires_grad=True)
+        for shape in ((len(found.rows), 3), (5, 3, kernel, kernel), (5,))
+    ]
+    upper, read = found.above(kernel, stride)
+    wanted = F.conv2d(repeats._Spread.apply(operands[0], found), *operands[1:], stride=stride)
+    rows = repeats._Convolution.apply(*operands, read, stride, found)
+    result = repeats._Spread.apply(rows.contiguous(), upper)
+    torch.testing.assert_close(result, wanted)
+    weights = torch.randn(wanted.shape, generator=generator)
+    for a, b in zip(*(torch.autograd.grad((r * weights).sum(), operands) for r in (result, wanted)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_every_patch_is_among_the_rows() -> None:
@@ -176,8 +183,9 @@ def test_how_far_up_it_goes() -> None:
 
 def test_layers_are_computed_for_the_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, conv2d = [], F.conv2d
-    product = repeats._product
+    product, convolution = repeats._product, repeats._Convolution.apply
     monkeypatch.setattr(repeats, "_product", lambda x, *args: rows.append(len(x)) or product(x, *args))
+    monkeypatch.setattr(repeats._Convolution, "apply", lambda *args: rows.append(len(args[3])) or convolution(*args))
     network, obs = make(2), rollout()
     sources, _ = network.sources(obs)
     shaped = {n: source.unflatten(0, (STEPS, ENVS)) for n, source in sources.items()}
@@ -235,6 +243,6 @@ def test_a3c_gradients_of_pong_with_and_without(monkeypatch: pytest.MonkeyPatch)
         with monkeypatch.context() as context:
             context.setattr(progressive, "lower_layers", lambda *_: None)
             wanted, wanted_stats = runner.rollout_gradient(part)
-        assert np.linalg.norm(found - wanted) < 1e-4 * np.linalg.norm(wanted)
-        assert stats == pytest.approx(wanted_stats, rel=1e-3, abs=1e-5)
+        assert np.linalg.norm(found - wanted) < 5e-3 * np.linalg.norm(wanted)
+        assert stats == pytest.approx(wanted_stats, rel=5e-3, abs=1e-5)
     runner.stop()

@@ -210,7 +210,8 @@ class Adapter(nn.Module):
 
     def map_affine(self) -> tuple[Tensor, Tensor]:
         """alpha * V, (width, sum of source widths), and c of an adapter over maps."""
-        return self.project_layer.weight.flatten(1) * self.feature_scale(), self.project_layer.bias  # type: ignore[return-value]
+        weight, bias = self.project_layer.weight.flatten(1), self.project_layer.bias
+        return _by_column(weight, self.scale, self._widths), bias  # type: ignore[return-value]  # made with one
 
     def forward(
         self,

@@ -291,7 +291,7 @@ class ProgressiveNetwork(nn.Module):
         newest = self.columns[k]
         known: FirstLayers | None = None
         if incremental is not None and transform is None and not learns:
-            known = incremental(obs, self.columns[: newest.num_sources], newest)
+            known = incremental(obs, self._sources_of(newest), newest)
         steps = leading if num_envs is None else (len(obs) // num_envs, num_envs)
         if math.prod(steps) != len(obs):
             raise ValueError(f"num_envs: {len(obs)} observations are no time steps of {num_envs} environments")
@@ -357,7 +357,7 @@ class ProgressiveNetwork(nn.Module):
         obs, time_shape = self._prepare(obs)
         states = self._split_state(state, time_shape)
         new_states = dict(states)
-        columns = self.columns[: self.columns[k].num_sources]
+        columns = self._sources_of(self.columns[k])
         known = incremental(obs, columns) if incremental is not None and columns else None
         if known is not None and known.sources is not None:  # what this gives stays valid
             known = known._replace(sources=known.sources.clone())
@@ -413,6 +413,10 @@ class ProgressiveNetwork(nn.Module):
         h = obs.to(self.device, torch.float32, memory_format=layout)
         return h.clone() if h.data_ptr() % ALIGNMENT else h
 
+    def _sources_of(self, column: Column) -> list[Column]:
+        """The columns that a column reads; a slice of a ModuleList is a new one, and takes ten times as long."""
+        return [*self.columns][: column.num_sources]
+
     def _compute_sources(
         self,
         obs: Tensor,
@@ -430,7 +434,7 @@ class ProgressiveNetwork(nn.Module):
 
         Columns are computed oldest first, each from the ones before. `known` is what is known of their first layers.
         """
-        columns = self.columns[: self.columns[k].num_sources]
+        columns = self._sources_of(self.columns[k])
         read = {n for column in (*columns, self.columns[k]) for n in column.reads}
         if not columns:
             return {}, None, None

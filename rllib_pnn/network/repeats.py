@@ -73,6 +73,12 @@ class Repeats:
             later[where] = 0.0
         return out
 
+    def by_offset(self, stride: int) -> tuple[np.ndarray, list[int]]:
+        """The rows ordered by their pixels' (y, x) modulo the stride, and how many there are of each."""
+        y, x = np.divmod(self.rows % (self.shape[2] * self.shape[3]), self.shape[3])
+        offset = (y % stride * stride + x % stride).astype(np.uint16)
+        return np.argsort(offset, kind="stable"), np.bincount(offset, minlength=stride * stride).tolist()
+
     def above(self, kernel: int, stride: int) -> tuple[Repeats, np.ndarray]:
         """The repeats of a layer that reads these maps without padding, and what of them it reads.
 
@@ -116,20 +122,57 @@ class _Spread(torch.autograd.Function):
         return torch.from_numpy(ctx.repeats.gather(flat.numpy())), None
 
 
-class _Take(torch.autograd.Function):
-    """Rows (U, M) at indices (U', k): (U', k * M). Three times as fast in reverse as torch's `index_add_`."""
+class _Convolution(torch.autograd.Function):
+    """Rows (U, M) of the maps below, weight (M', M, k, k) -> rows W x + b of the layer above, (U', M').
+
+    `read` is what `Repeats.above` gives for k and `stride`, `below` the repeats of the rows.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, read: np.ndarray) -> Tensor:
-        ctx.read, ctx.count = read, len(values)
-        return torch.from_numpy(values.numpy().take(read.reshape(-1), axis=0)).view(len(read), -1)
+    def forward(
+        ctx: Any, values: Tensor, weight: Tensor, bias: Tensor, read: np.ndarray, stride: int, below: Repeats
+    ) -> Tensor:
+        patches = torch.from_numpy(values.numpy().take(read.reshape(-1), axis=0)).view(len(read), -1)
+        ctx.save_for_backward(patches, weight)
+        ctx.read, ctx.stride, ctx.below = read, stride, below
+        return torch.addmm(bias.unsqueeze(1), weight.permute(0, 2, 3, 1).flatten(1), patches.t()).t()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        index = ctx.read.reshape(-1)
-        flat = gradients[0].reshape(len(index), -1).numpy()
-        ones, starts = np.ones(len(index), flat.dtype), np.arange(len(index) + 1)
-        return torch.from_numpy(csc_matrix((ones, index, starts), (ctx.count, len(index))) @ flat), None
+        patches, weight = ctx.saved_tensors
+        gradient = gradients[0]
+        for_values = for_weight = for_bias = None
+        if ctx.needs_input_grad[0]:
+            for_values = _transposed(gradient.contiguous(), weight, ctx.read, ctx.stride, ctx.below)
+        if ctx.needs_input_grad[1]:
+            out, maps, kernel, _ = weight.shape
+            for_weight = (gradient.t() @ patches).view(out, kernel, kernel, maps).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[2]:
+            for_bias = gradient.sum(0)
+        return for_values, for_weight, for_bias, None, None, None
+
+
+def _transposed(gradient: Tensor, weight: Tensor, read: np.ndarray, stride: int, below: Repeats) -> Tensor:
+    """The gradient of the rows below, (U, M), from that of the rows above, (U', M').
+
+    A pixel meets the kernel at offsets that are equal modulo the stride, ceil(k / s) ** 2 of the k * k. For each of
+    these its gradients are added up first; then one product does the rest for all pixels that meet the same offsets.
+    """
+    out, maps, kernel, _ = weight.shape
+    span = -(-kernel // stride)
+    order, counts = below.by_offset(stride)
+    place = np.empty(len(order), np.int32)
+    place[order] = np.arange(len(order), dtype=np.int32)
+    y, x = np.divmod(np.arange(kernel * kernel, dtype=np.int32), kernel)
+    slots = place[read] * span**2 + (y // stride * span + x // stride)
+    ends = np.arange(0, slots.size + 1, kernel * kernel, dtype=np.int32)
+    entries = np.ones(slots.size, np.float32), slots.reshape(-1), ends
+    summed = torch.from_numpy(csc_matrix(entries, (len(order) * span**2, len(read))) @ gradient.numpy())
+    padded = F.pad(weight, (0, span * stride - kernel) * 2).view(out, maps, span, stride, span, stride)
+    weights = padded.permute(3, 5, 2, 4, 0, 1).reshape(stride * stride, span * span * out, maps)
+    parts = summed.view(len(order), -1).split(counts)
+    products = torch.cat([part @ one for part, one in zip(parts, weights, strict=True)])
+    return torch.from_numpy(products.numpy().take(place, axis=0))
 
 
 def find_repeats(obs: Tensor, num_envs: int, layer: nn.Module) -> Repeats | None:
@@ -190,8 +233,8 @@ def lower_layers(obs: Tensor, num_envs: int, column: Column, sources: Mapping[in
         if not upper.are_worth_it:
             maps = _Spread.apply(values.contiguous(), repeats)
             return Lower(number, F.conv2d(maps, kernel, above.bias, above.stride).relu_())
-        patches = _Take.apply(values.contiguous(), read)
-        values = _product(patches, kernel.permute(0, 2, 3, 1).flatten(1), above.bias)
+        stride = above.stride[0]
+        values = _Convolution.apply(values.contiguous(), kernel, above.bias, read, stride, repeats).relu()
         repeats = upper
     projected = None
     if features is not None and isinstance(lateral, Adapter):
