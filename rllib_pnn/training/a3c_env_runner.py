@@ -488,7 +488,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             for key, feature in step_features.items():
                 if key not in features:
                     features[key] = feature.new_empty((length + 1, *feature.shape))
-                features[key][t] = feature
+                features[key][t].copy_(feature)
             logits = out[Columns.ACTION_DIST_INPUTS]
             action = distribution.from_logits(logits.squeeze(1) if recurrent else logits).sample()
             actions.append(action)
