@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import SHAPE, SMALL, make
 from torch import Tensor
 
 from rllib_pnn.network import ProgressiveNetwork, incremental
 from rllib_pnn.network.incremental import IncrementalFirstLayer, changed_patches, strip_of_patches
-
-SHAPE = (4, 36, 36)
-SMALL = [{"conv": [12, 8, 4]}, {"conv": [5, 3]}, {"dense": 8}]
 
 
 @pytest.fixture(autouse=True)
@@ -25,13 +23,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def make(num_columns: int, spec: Any = SMALL, shape: tuple[int, ...] = SHAPE, **kwargs: Any) -> ProgressiveNetwork:
-    network = ProgressiveNetwork(shape, 3, spec, **kwargs)
-    for k in range(num_columns):
-        network.add_column(input_shift=0.1 * k)
-    return network
 
 
 def frames(count: int, batch: int = 6, shape: tuple[int, ...] = SHAPE) -> list[Tensor]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import SHAPE, SMALL, make
 from torch import Tensor
 
 import rllib_pnn
@@ -16,15 +17,6 @@ from rllib_pnn.network import progressive, repeats
 from rllib_pnn.network.repeats import Repeats, find_repeats, lower_layers
 
 STEPS, ENVS = 9, 3
-SHAPE = (4, 36, 36)
-SMALL = [{"conv": [12, 8, 4]}, {"conv": [5, 3]}, {"dense": 8}]
-
-
-def make(num_columns: int, spec: Any = SMALL, shape: tuple[int, ...] = SHAPE, **kwargs: Any) -> ProgressiveNetwork:
-    network = ProgressiveNetwork(shape, 3, spec, **kwargs)
-    for k in range(num_columns):
-        network.add_column(input_shift=0.1 * k)
-    return network
 
 
 def rollout(shape: tuple[int, ...] = SHAPE, steps: int = STEPS, envs: int = ENVS) -> Tensor:

@@ -36,22 +36,13 @@ from torch import Tensor, nn
 LATERALS = ("adapter", "linear", "none")
 
 
-class LinearLateral(nn.Module):
-    """Eq. 1: U_i^{k:j} of all sources side by side, so that the sum over columns is one product.
+class _Lateral(nn.Module):
+    """A lateral connection: what `project` makes of the sources, through U."""
 
-    Args:
-        source_widths: features (maps, where `out` is a convolution) of layer i-1 of every earlier column.
-        out: U, a bias-free map from all sources to this layer's pre-activation; None where an LSTM owns U.
-    """
-
-    def __init__(self, source_widths: Sequence[int], out: nn.Conv2d | nn.Linear | None) -> None:
-        super().__init__()
-        self.out = out
-        self.projected_width = sum(source_widths)
+    out: nn.Conv2d | nn.Linear | None
 
     def project(self, sources: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
-        """(B, sum of source widths, ...) unchanged (flattened for a dense U): eq. 1 has no V."""
-        return sources.contiguous(memory_format=layout) if isinstance(self.out, nn.Conv2d) else sources.flatten(1)
+        raise NotImplementedError
 
     def forward(
         self,
@@ -68,6 +59,24 @@ class LinearLateral(nn.Module):
         """
         assert self.out is not None
         return self.out(self.project(sources, layout) if projected is None else projected)
+
+
+class LinearLateral(_Lateral):
+    """Eq. 1: U_i^{k:j} of all sources side by side, so that the sum over columns is one product.
+
+    Args:
+        source_widths: features (maps, where `out` is a convolution) of layer i-1 of every earlier column.
+        out: U, a bias-free map from all sources to this layer's pre-activation; None where an LSTM owns U.
+    """
+
+    def __init__(self, source_widths: Sequence[int], out: nn.Conv2d | nn.Linear | None) -> None:
+        super().__init__()
+        self.out = out
+        self.projected_width = sum(source_widths)
+
+    def project(self, sources: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+        """(B, sum of source widths, ...) unchanged (flattened for a dense U): eq. 1 has no V."""
+        return sources.contiguous(memory_format=layout) if isinstance(self.out, nn.Conv2d) else sources.flatten(1)
 
 
 class ScaledProduct(torch.autograd.Function):
@@ -152,7 +161,7 @@ def adapted(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias.view(1, -1, 1), weight.expand(len(maps), -1, -1), maps).relu_()
 
 
-class Adapter(nn.Module):
+class Adapter(_Lateral):
     """Eq. 2: a single hidden layer adapter on the concatenation of all earlier columns.
 
     Args:
@@ -212,22 +221,6 @@ class Adapter(nn.Module):
         """alpha * V, (width, sum of source widths), and c of an adapter over maps."""
         weight, bias = self.project_layer.weight.flatten(1), self.project_layer.bias
         return _by_column(weight, self.scale, self._widths), bias  # type: ignore[return-value]  # made with one
-
-    def forward(
-        self,
-        sources: Tensor,
-        layout: torch.memory_format = torch.contiguous_format,
-        projected: Tensor | None = None,
-    ) -> Tensor:
-        """What is added to the layer's pre-activation.
-
-        Args:
-            sources: (B, sum of source widths, ...).
-            layout: of the layer's own input.
-            projected: what `project(sources)` gives, where it is known.
-        """
-        assert self.out is not None
-        return self.out(self.project(sources, layout) if projected is None else projected)
 
 
 Lateral = LinearLateral | Adapter

@@ -281,7 +281,7 @@ class Column(nn.Module):
         for number, layer in enumerate(self.layers, start=1):
             if number < done:
                 continue
-            lateral = self._lateral(str(number))
+            lateral = self.lateral(str(number))
             source = None if lateral is None else sources.get(number - 1)
             if number == done:
                 pass
@@ -323,13 +323,14 @@ class Column(nn.Module):
         value = outputs.get("value")
         return outputs.get("policy"), None if value is None else value.squeeze(1), state_out
 
-    def _lateral(self, key: str) -> Lateral | None:
+    def lateral(self, key: str) -> Lateral | None:
+        """Of a layer, by its number, or of "policy" or "value"."""
         return self.laterals[key] if key in self.laterals else None  # noqa: SIM401 (a ModuleDict has no get)
 
     @property
     def map_adapter(self) -> Adapter | None:
         """Layer 2's, if it reads maps."""
-        lateral = self._lateral("2")
+        lateral = self.lateral("2")
         return lateral if isinstance(lateral, Adapter) and lateral.convolutional else None
 
     def first_affine(self) -> tuple[Tensor, Tensor]:

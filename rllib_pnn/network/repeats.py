@@ -5,9 +5,9 @@ the distinct patch that stands at position p of the batch, and X the distinct on
 
     h_1[p] = H_1[index(p)],    H_1 = g(X W^T + b),    dL/dH_1[u] = sum of dL/dh_1[p] over all p with index(p) = u,
 
-so that layer 1 and its gradient take as many rows as there are distinct patches: in Pong one of seven, for 16 steps.
+so that layer 1 and its gradient take as many rows as there are distinct patches: in Pong one of six, for 17 steps.
 Layer 2's adapter reads the sources at the same positions. Layer 2 again has distinct patches, of H_1 and of the
-adapter's features, in Pong one of three; above it little is repeated, and maps are spread out for convolutions.
+adapter's features, in Pong two of five; above it little is repeated, and maps are spread out for convolutions.
 """
 
 from __future__ import annotations
@@ -250,8 +250,7 @@ def _convolution(column: Column, number: int) -> Any:
 
 def _lateral(column: Column, number: int) -> Any:
     """Layer `number`'s, if it convolves maps, or None."""
-    key = str(number)
-    lateral = column.laterals[key] if key in column.laterals else None  # noqa: SIM401 (a ModuleDict has no get)
+    lateral = column.lateral(str(number))
     return lateral if lateral is not None and isinstance(lateral.out, nn.Conv2d) else None
 
 
