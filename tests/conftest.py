@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 MARK = "RLLIB_PNN_TESTS"  # in the environment of every process that descends from this one
 
@@ -49,6 +50,15 @@ def _in_use() -> str:
         with contextlib.suppress(OSError):
             texts.append(maps.read_text(errors="replace"))
     return "\n".join(texts)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As in every process of a training run; two threads on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,8 +1,7 @@
-"""Layer 1 where an observation differs from the last one: the bits of the ordinary way, and less work."""
+"""Layers 1 and 2 where an observation differs from the last one: the bits of the ordinary way, and less work."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,16 +12,10 @@ from small_networks import SHAPE, SMALL, make
 from torch import Tensor
 
 from rllib_pnn.network import ProgressiveNetwork, incremental
-from rllib_pnn.network.incremental import IncrementalFirstLayer, changed_patches, strip_of_patches
+from rllib_pnn.network.incremental import IncrementalLayers
+from rllib_pnn.network.patches import any_in_patch, changed_patches, positions_above, row_starts, strip_of_patches
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in every process of a training run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def frames(count: int, batch: int = 6, shape: tuple[int, ...] = SHAPE) -> list[Tensor]:
@@ -41,14 +34,14 @@ def frames(count: int, batch: int = 6, shape: tuple[int, ...] = SHAPE) -> list[T
     return found
 
 
-def everything(network: ProgressiveNetwork, obs: Tensor, use: IncrementalFirstLayer | None) -> list[Tensor]:
+def everything(network: ProgressiveNetwork, obs: Tensor, use: IncrementalLayers | None) -> list[Tensor]:
     with torch.no_grad():
         obs = obs.unsqueeze(1) if network.is_recurrent else obs
         output, sources = network.forward_with_sources(obs, incremental=use)
         return [t.clone() for t in (output.logits, output.value, *sources.values())]
 
 
-def agree(network: ProgressiveNetwork, obs: Tensor, use: IncrementalFirstLayer) -> bool:
+def agree(network: ProgressiveNetwork, obs: Tensor, use: IncrementalLayers) -> bool:
     pairs = zip(everything(network, obs, use), everything(network, obs, None), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
@@ -60,11 +53,13 @@ def nudge(network: ProgressiveNetwork) -> None:
 
 
 class Counter:
-    """How often layer 1 was computed as a whole, and at how many positions otherwise."""
+    """How often layers 1 and 2 were computed as a whole, and at how many positions otherwise."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.whole, self.positions = 0, 0
+        self.whole_above, self.positions_above = 0, 0
         convolved, strip = incremental._convolved, incremental.strip_of_patches
+        above, starts = incremental._above, incremental._starts
 
         def count_whole(*args: Any) -> Tensor:
             self.whole += 1
@@ -74,8 +69,18 @@ class Counter:
             self.positions += len(where)
             return strip(pixels, where, *args)
 
+        def count_whole_above(*args: Any) -> Tensor:
+            self.whole_above += 1
+            return above(*args)
+
+        def count_positions_above(image: Any, *args: Any) -> Tensor:
+            self.positions_above += len(image)
+            return starts(image, *args)
+
         monkeypatch.setattr(incremental, "_convolved", count_whole)
         monkeypatch.setattr(incremental, "strip_of_patches", count_positions)
+        monkeypatch.setattr(incremental, "_above", count_whole_above)
+        monkeypatch.setattr(incremental, "_starts", count_positions_above)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +97,7 @@ class Counter:
 @pytest.mark.parametrize("lateral", ["adapter", "linear", "none"])
 def test_bits_are_those_of_the_ordinary_way(spec: Any, shape: tuple[int, ...], num_columns: int, lateral: str) -> None:
     network = make(num_columns, spec, shape, lateral=lateral)
-    use = IncrementalFirstLayer()
+    use = IncrementalLayers()
     for t, obs in enumerate(frames(12, shape=shape)):
         if t % 4 == 3:
             nudge(network)
@@ -100,21 +105,39 @@ def test_bits_are_those_of_the_ordinary_way(spec: Any, shape: tuple[int, ...], n
 
 
 def test_only_what_changed_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, use = make(3), IncrementalFirstLayer()
+    network, use = make(3), IncrementalLayers()
     obs = frames(1)[0]
     everything(network, obs, use)
     counter = Counter(monkeypatch)
     everything(network, obs.clone(), use)
-    assert (counter.whole, counter.positions) == (0, 0)
+    assert (counter.whole, counter.positions, counter.whole_above, counter.positions_above) == (0, 0, 0, 0)
     moved = obs.clone()
     moved[2, 1, 13, 17] += 1  # read by the four kernels at rows 2 and 3, columns 3 and 4
+    everything(network, moved, use)  # verdicts, which are found now, compute some more
+    counter.positions = counter.positions_above = 0
+    moved[2, 1, 13, 17] += 1
     everything(network, moved, use)
     assert (counter.whole, counter.positions) == (0, 4)
+    # Those are read by layer 2's kernels at rows 0 to 3, columns 1 to 4.
+    assert (counter.whole_above, counter.positions_above) == (0, 16)
+    assert agree(network, moved, use)
+
+
+def test_layer_2_is_computed_as_a_whole_where_most_of_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, use = make(2), IncrementalLayers()
+    obs = frames(1)[0]
+    everything(network, obs, use)
+    counter = Counter(monkeypatch)
+    moved = obs.clone()
+    moved[:, 0, 13:22:8, 13:22:8] += 1  # 16 of 64 positions of layer 1, all of layer 2
+    everything(network, moved, use)
+    assert (counter.whole, counter.whole_above, counter.positions_above) == (0, 2, 0)
+    assert counter.positions >= 16 * len(obs)
     assert agree(network, moved, use)
 
 
 def test_new_weights_of_the_newest_column_cost_its_own_layer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, use = make(3), IncrementalFirstLayer()
+    network, use = make(3), IncrementalLayers()
     first, second = frames(2)
     everything(network, first, use)
     counter = Counter(monkeypatch)
@@ -123,9 +146,12 @@ def test_new_weights_of_the_newest_column_cost_its_own_layer_alone(monkeypatch: 
     assert counter.whole == 1
 
 
-@pytest.mark.parametrize("name", ["weight", "bias", "project_weight", "project_bias", "scale"])
+@pytest.mark.parametrize(
+    "name",
+    ["weight", "bias", "project_weight", "project_bias", "scale", "weight_above", "bias_above", "lateral_above"],
+)
 def test_every_parameter_that_counts_is_looked_at(name: str) -> None:
-    network, use = make(2), IncrementalFirstLayer()
+    network, use = make(2), IncrementalLayers()
     obs = frames(1)[0]
     everything(network, obs, use)
     column = network.columns[-1]
@@ -136,13 +162,16 @@ def test_every_parameter_that_counts_is_looked_at(name: str) -> None:
         "project_weight": adapter.project_layer.weight,
         "project_bias": adapter.project_layer.bias,
         "scale": adapter.scale,
+        "weight_above": column.layers[1].weight,
+        "bias_above": column.layers[1].bias,
+        "lateral_above": adapter.out.weight,
     }[name]
     parameter.data.add_(0.5)  # which torch does not count as a change
     assert agree(network, obs, use)
 
 
 def test_a_column_that_was_trained_before_it_froze() -> None:
-    network, use = make(2), IncrementalFirstLayer()
+    network, use = make(2), IncrementalLayers()
     first, second = frames(2)
     everything(network, first, use)
     nudge(network)
@@ -151,7 +180,7 @@ def test_a_column_that_was_trained_before_it_froze() -> None:
 
 
 def test_growth_and_another_number_of_environments() -> None:
-    network, use = make(1), IncrementalFirstLayer()
+    network, use = make(1), IncrementalLayers()
     for t, obs in enumerate(frames(12)):
         if t in (4, 8):
             network.add_column()
@@ -159,7 +188,7 @@ def test_growth_and_another_number_of_environments() -> None:
 
 
 def test_sources_alone_and_then_the_newest_column_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, use = make(3), IncrementalFirstLayer()
+    network, use = make(3), IncrementalLayers()
     counter = Counter(monkeypatch)
     for t, obs in enumerate(frames(9)):
         if t % 3 == 2:
@@ -172,7 +201,7 @@ def test_sources_alone_and_then_the_newest_column_again(monkeypatch: pytest.Monk
 
 
 def test_what_sources_gives_stays_valid() -> None:
-    network, use = make(3), IncrementalFirstLayer()
+    network, use = make(3), IncrementalLayers()
     first, second = frames(2)
     everything(network, first, use)
     given, _ = network.sources(first, incremental=use)
@@ -182,7 +211,7 @@ def test_what_sources_gives_stays_valid() -> None:
 
 
 def test_given_sources_are_used() -> None:
-    network, use = make(2), IncrementalFirstLayer()
+    network, use = make(2), IncrementalLayers()
     first, second = frames(2)
     everything(network, first, use)
     given, _ = network.sources(second)
@@ -195,7 +224,7 @@ def test_given_sources_are_used() -> None:
 
 
 def test_noise_is_given_up_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, use = make(2), IncrementalFirstLayer()
+    network, use = make(2), IncrementalLayers()
     rng = np.random.default_rng(0)
     counter = Counter(monkeypatch)
     asked = 40
@@ -212,10 +241,22 @@ def test_noise_is_given_up_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_where_bits_differ_it_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, use = make(2), IncrementalFirstLayer()
+    network, use = make(2), IncrementalLayers()
     monkeypatch.setattr(incremental, "_verdict", lambda *_: False)
     monkeypatch.setattr(incremental, "_read_strip", None)
     assert all(agree(network, obs, use) for obs in frames(3))
+
+
+def test_where_bits_of_layer_2_differ_it_is_computed_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, use = make(2), IncrementalLayers()
+    verdict = incremental._verdict
+    monkeypatch.setattr(
+        incremental, "_verdict", lambda agrees, case: agrees is not incremental._rows_agree and verdict(agrees, case)
+    )
+    monkeypatch.setattr(incremental, "_read_rows", None)
+    counter = Counter(monkeypatch)
+    assert all(agree(network, obs, use) for obs in frames(3))
+    assert counter.whole == 2 and counter.whole_above == 6
 
 
 def test_verdicts_are_no_formality(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +268,12 @@ def test_verdicts_are_no_formality(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not incremental._strip_agrees(shape, *case)
     monkeypatch.setattr(incremental, "_staircase", lambda weights: staircase(weights) * (1 + 2**-23))
     assert not incremental._projection_agrees(3, 64, 256, 1, (12, 5, 4), ((1, 12), (2, 7)))
+    matrix = incremental._matrix
+    for with_bias in (False, True):
+        monkeypatch.setattr(incremental, "_matrix", matrix)
+        assert incremental._rows_agree(6, (20, 20), (4, 2), 128, 1, 12, 12, with_bias)
+        monkeypatch.setattr(incremental, "_matrix", lambda weight: matrix(weight) * (1 + 2**-23))
+        assert not incremental._rows_agree(6, (20, 20), (4, 2), 128, 1, 12, 12, with_bias)
 
 
 @pytest.mark.parametrize(
@@ -240,23 +287,23 @@ def test_verdicts_are_no_formality(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_is_not_supported_goes_the_ordinary_way(obs: Tensor) -> None:
     network = make(2, shape=tuple(obs.shape[1:]))
-    use = IncrementalFirstLayer()
+    use = IncrementalLayers()
     assert use(obs, network.columns[:1], network.columns[1]) is None
     assert agree(network, obs, use)
 
 
 @pytest.mark.parametrize("spec", [[{"dense": 4}, {"dense": 4}], [{"conv": [4, 3, 2]}], [{"conv": [4, 4, 2, 1]}]])
 def test_layers_that_are_not_supported(spec: Any) -> None:
-    network, use = make(2, spec), IncrementalFirstLayer()
+    network, use = make(2, spec), IncrementalLayers()
     obs = frames(1)[0]
     assert use(obs, network.columns[:1], network.columns[1]) is None
     assert agree(network, obs, use)
 
 
 def test_no_effect_where_gradients_are_recorded() -> None:
-    network, use = make(2), IncrementalFirstLayer()
+    network, use = make(2), IncrementalLayers()
 
-    def gradients(obs: Tensor, use: IncrementalFirstLayer | None) -> tuple[Tensor, ...]:
+    def gradients(obs: Tensor, use: IncrementalLayers | None) -> tuple[Tensor, ...]:
         output = network(obs, incremental=use)
         return torch.autograd.grad(output.logits.sum() + output.value.sum(), network.trainable_parameters())
 
@@ -294,3 +341,18 @@ def test_a_strip_holds_the_patches(kernel: int, stride: int) -> None:
         patch = unfolded[index // unfolded.shape[2], :, index % unfolded.shape[2]].view(2, kernel, kernel)
         assert torch.equal(strip[0, :, :, i * kernel : (i + 1) * kernel], patch)
     assert not strip[..., len(where) * kernel :].any()
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(4, 2), (3, 1), (3, 2), (2, 3), (5, 5), (1, 1)])
+def test_positions_above_against_a_convolution(kernel: int, stride: int) -> None:
+    rng = np.random.default_rng(kernel)
+    flags = rng.random((3, 9, 7)) < 0.05
+    wanted = F.conv2d(torch.from_numpy(flags).float().unsqueeze(1), torch.ones(1, 1, kernel, kernel), stride=stride)
+    wanted = wanted[:, 0].numpy() > 0
+    assert np.array_equal(any_in_patch(flags, kernel, stride), wanted)
+    image, position = positions_above(np.flatnonzero(flags), 3, (9, 7), kernel, stride)
+    assert np.array_equal(image * wanted[0].size + position, np.flatnonzero(wanted))
+    starts = row_starts((9, 7), kernel, stride)
+    pixels = torch.arange(63.0).view(1, 1, 9, 7)
+    patches = F.unfold(pixels, kernel, stride=stride)[0].view(kernel, kernel, -1)
+    assert np.array_equal(starts, patches[:, 0].T.numpy())

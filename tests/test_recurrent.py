@@ -24,16 +24,8 @@ from rllib_pnn.training.rl_module import ProgressiveRLModule
 
 CELLS = 6
 RECURRENT = [{"dense": 8}, {"lstm": CELLS}]
+pytestmark = pytest.mark.usefixtures("one_thread")
 VARIANTS = ("plain", "flipped", "permuted")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in every process of a training run; two threads on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

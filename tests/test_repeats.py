@@ -14,9 +14,11 @@ from torch import Tensor
 import rllib_pnn
 from rllib_pnn import A3CConfig, ProgressiveNetwork, make_progressive
 from rllib_pnn.network import progressive, repeats
-from rllib_pnn.network.repeats import Repeats, find_repeats, lower_layers
+from rllib_pnn.network.incremental import IncrementalLayers, StepMaps
+from rllib_pnn.network.repeats import ChangingMaps, Repeats, find_repeats, lower_layers
 
 STEPS, ENVS = 9, 3
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rollout(shape: tuple[int, ...] = SHAPE, steps: int = STEPS, envs: int = ENVS) -> Tensor:
@@ -162,6 +164,92 @@ def lower_layers_of(network: ProgressiveNetwork, obs: Tensor) -> Any:
     return lower_layers(obs, ENVS, network.columns[-1], shaped)
 
 
+def recorded(network: ProgressiveNetwork, obs: Tensor, incremental: IncrementalLayers) -> dict[int, Any]:
+    """The sources of a rollout as an EnvRunner records them: all of them as tensors but layer 1."""
+    maps, others = ChangingMaps(), []
+    for step in obs.split(ENVS):
+        with torch.no_grad():
+            _, found = network.forward_with_sources(step, incremental=incremental)
+        maps.append(found.pop(1))
+        others.append({n: source.clone() for n, source in found.items()})
+    return {1: maps} | {n: torch.stack([other[n] for other in others]) for n in others[0]}
+
+
+def shaped_sources(network: ProgressiveNetwork, obs: Tensor) -> dict[int, Tensor]:
+    sources, _ = network.sources(obs)
+    return {n: source.unflatten(0, (STEPS, ENVS)) for n, source in sources.items()}
+
+
+def test_maps_recorded_by_what_changes() -> None:
+    network, obs = make(4), rollout()
+    found = recorded(network, obs, IncrementalLayers(keeps_changes=True))
+    wanted = shaped_sources(network, obs)
+    assert found[1].shape == wanted[1].shape
+    assert all(torch.equal(found[n], wanted[n]) for n in wanted if n > 1)
+    assert torch.equal(found[1].whole(), wanted[1])
+    assert torch.equal(found[1].of_envs(slice(1, 3)).whole(), wanted[1][:, 1:3])
+    frames = find_repeats(obs, ENVS, network.columns[0].layers[0])
+    assert np.array_equal(found[1].repeats().rows, frames.rows)
+    assert torch.equal(found[1].rows(), repeats._rows(wanted[1], frames))
+
+
+@pytest.mark.parametrize("case", ["gave_up", "other_observations", "other_batch", "bits_differ", "starts_again"])
+def test_maps_recorded_where_something_comes_between(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, obs = make(3), rollout()
+    incremental = IncrementalLayers(keeps_changes=True)
+    maps, kinds = ChangingMaps(), set()
+    if case == "bits_differ":
+        monkeypatch.setattr("rllib_pnn.network.incremental._verdict", lambda *_: False)
+    for t, step in enumerate(obs.split(ENVS)):
+        if t == 6 and case == "gave_up":
+            incremental._skip = 2
+        elif t == 6 and case == "other_observations":
+            network.sources(step + (torch.arange(36) == 9).to(torch.uint8), incremental=incremental)
+        elif t == 6 and case == "other_batch":
+            network.sources(step[:1], incremental=incremental)
+        elif t == 6 and case == "starts_again":
+            first, _ = network.sources(step, incremental=incremental)
+            maps, begin = ChangingMaps(), t
+            maps.append(first[1])
+            continue
+        found, _ = network.sources(step, incremental=incremental)
+        kinds.add(type(found[1]))
+        maps.append(found[1])
+    wanted = shaped_sources(network, obs)[1]
+    assert torch.equal(maps.whole(), wanted[begin:] if case == "starts_again" else wanted)
+    assert kinds == ({StepMaps, Tensor} if case == "gave_up" else {StepMaps})
+
+
+@pytest.mark.parametrize("lateral", ["adapter", "linear"])
+@pytest.mark.parametrize("spec", [SMALL, [{"conv": [6, 8, 4]}, {"dense": 8}]])
+def test_recorded_maps_are_sources_as_others_are(spec: Any, lateral: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, obs = make(3, spec, lateral=lateral), rollout()
+    found, wanted = recorded(network, obs, IncrementalLayers(keeps_changes=True)), shaped_sources(network, obs)
+    ordinary = outputs_and_gradients(network, obs, ENVS, wanted)
+    monkeypatch.setattr(repeats, "find_repeats", None)  # it was found when they were recorded
+    assert_close(outputs_and_gradients(network, obs, ENVS, found), ordinary)
+    monkeypatch.setattr(progressive, "lower_layers", lambda *_: None)
+    assert_close(outputs_and_gradients(network, obs, ENVS, found), ordinary)
+
+
+def test_a_step_s_maps_are_sources_as_others_are() -> None:
+    network, obs = make(3), rollout()
+    incremental = IncrementalLayers(keeps_changes=True)
+    step, other = obs[:ENVS], obs[-ENVS:]
+    found, _ = network.sources(step, incremental=incremental)
+    network.sources(other, incremental=incremental)  # what the first call gave stays valid
+    assert isinstance(found[1], StepMaps)
+    for use in (None, incremental):
+        with torch.no_grad():
+            assert torch.equal(network(step, sources=found, incremental=use).logits, network(step).logits)
+
+
+def test_recurrent_networks_record_tensors() -> None:
+    network = make(2, [{"conv": [6, 8, 4]}, {"lstm": 8}])
+    found, _ = network.sources(rollout()[:ENVS].unsqueeze(1), incremental=IncrementalLayers(keeps_changes=True))
+    assert isinstance(found[1], Tensor)
+
+
 def test_how_far_up_it_goes() -> None:
     obs = rollout()
     assert lower_layers_of(make(2), obs).number == 2
@@ -229,7 +317,15 @@ def test_a3c_gradients_of_pong_with_and_without(monkeypatch: pytest.MonkeyPatch)
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     asked = []
     monkeypatch.setattr(progressive, "lower_layers", lambda *args: asked.append(lower_layers(*args)) or asked[-1])
-    for part in runner.collect_rollout().divide(2):
+    rollouts = [runner.collect_rollout() for _ in range(2)]
+    assert rollouts[0].last_features == {}
+    rollout = rollouts[1]
+    maps = rollout.features["sources/1"]
+    assert isinstance(maps, ChangingMaps)
+    wanted_maps, _ = runner.module.network.sources(rollout.observations.flatten(0, 1))
+    assert torch.equal(maps.whole().flatten(0, 1), wanted_maps[1])
+    assert len(maps.rows()) < 0.4 * maps.whole()[:, :, 0].numel()
+    for part in rollout.divide(2):
         found, stats = runner.rollout_gradient(part)
         assert asked[-1].number >= 2
         with monkeypatch.context() as context:
@@ -237,4 +333,25 @@ def test_a3c_gradients_of_pong_with_and_without(monkeypatch: pytest.MonkeyPatch)
             wanted, wanted_stats = runner.rollout_gradient(part)
         assert np.linalg.norm(found - wanted) < 5e-3 * np.linalg.norm(wanted)
         assert stats == pytest.approx(wanted_stats, rel=5e-3, abs=1e-5)
+    runner.stop()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a3c_records_features_also_where_incremental_evaluation_gives_up(restart: bool) -> None:
+    rllib_pnn.register()
+    config = A3CConfig().environment("rllib_pnn/PongSoup-v0")
+    config.env_runners(num_env_runners=0, num_envs_per_env_runner=2, rollout_fragment_length=5)
+    config = make_progressive(config, tasks=[{"name": n, "until": {"num_env_steps": 1}} for n in "ab"], column="atari")
+    runner = config.env_runner_cls(config=config, worker_index=0)
+    runner.module.grow({**runner.module.progress, "task_index": 1})
+    runner.collect_rollout()
+    runner._restart_rollouts = restart
+    runner.module._incremental._skip = 3
+    rollout = runner.collect_rollout()
+    found = rollout.features["sources/1"]
+    assert isinstance(found, Tensor if restart else ChangingMaps)
+    wanted, _ = runner.module.network.sources(rollout.observations.flatten(0, 1))
+    assert torch.equal((found if restart else found.whole()).flatten(0, 1), wanted[1])
+    for part in rollout.divide(2):
+        assert np.isfinite(runner.rollout_gradient(part)[0]).all()
     runner.stop()

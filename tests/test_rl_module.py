@@ -13,6 +13,7 @@ from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.columns import Columns
 
 from rllib_pnn import A3CConfig, make_progressive
+from rllib_pnn.network.incremental import StepMaps
 from rllib_pnn.training.rl_module import (
     ARCHITECTURES,
     MODEL_CONFIG_KEY,
@@ -223,6 +224,20 @@ def test_a_subclass_with_a_forward_pass_of_its_own_still_has_features():
     assert len(passes) == 1
     assert torch.equal(outputs[Columns.ACTION_DIST_INPUTS], module.forward_exploration(batch())["action_dist_inputs"])
     assert features.keys() == module.frozen_features(batch()).keys() != set()
+
+
+@pytest.mark.parametrize("name", ["_forward", "_forward_train", "compute_values"])
+def test_a_subclass_with_a_pass_of_its_own_gets_features_as_tensors(name):
+    space = gym.spaces.Box(0, 255, (4, 20, 20), np.uint8)
+    settings = {MODEL_CONFIG_KEY: {"column": [{"conv": [4, 8, 4]}, {"dense": 8}]}}
+    own = type("Own", (ProgressiveRLModule,), {name: lambda self, *args, **kwargs: None})
+    kinds = []
+    for cls in (ProgressiveRLModule, own):
+        module = grow(cls(observation_space=space, action_space=DISCRETE, model_config=settings))
+        module.follows_environments(keeps_changes=True)
+        features = module.frozen_features({Columns.OBS: torch.zeros(2, 4, 20, 20, dtype=torch.uint8)})
+        kinds.append(type(features["sources/1"]))
+    assert kinds == [StepMaps, torch.Tensor]
 
 
 def test_a_first_column_has_no_features():

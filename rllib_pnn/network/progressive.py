@@ -28,8 +28,8 @@ from rllib_pnn.network.column import (
     check_source,
     layer_shapes,
 )
-from rllib_pnn.network.incremental import FirstLayers, IncrementalFirstLayer
-from rllib_pnn.network.repeats import lower_layers
+from rllib_pnn.network.incremental import IncrementalLayers, KnownLayers, StepMaps
+from rllib_pnn.network.repeats import ChangingMaps, lower_layers
 from rllib_pnn.network.spec import ColumnSpec
 from rllib_pnn.network.together import Graph, SideBySide, first_layers
 
@@ -229,7 +229,7 @@ class ProgressiveNetwork(nn.Module):
         resets: Tensor | None = None,
         transform: Transform | None = None,
         heads: Collection[str] = HEADS,
-        incremental: IncrementalFirstLayer | None = None,
+        incremental: IncrementalLayers | None = None,
         num_envs: int | None = None,
     ) -> ColumnOutput:
         """Policy and value of one column.
@@ -239,7 +239,7 @@ class ProgressiveNetwork(nn.Module):
             column: which column; negative counts from the newest.
             state: LSTM states of **all** columns, `{"h": (B, S), "c": (B, S)}`, as `initial_state` gives them.
             sources: the result of `sources()` for the same obs, to skip computing earlier columns again; (T, N, ...)
-                where `num_envs` is given.
+                where `num_envs` is given. Layer 1's may be `StepMaps`, or `ChangingMaps` of T steps.
             resets: (B, T) bool, true where an episode starts (LSTM states are zeroed before that step).
             transform: `(column, layer, activation) -> activation` on every post-activation output.
             heads: `("policy",)` or `("value",)` where the other is of no use: with laterals from seven columns a head
@@ -252,7 +252,7 @@ class ProgressiveNetwork(nn.Module):
         Returns:
             `ColumnOutput`; the state has the shape that came in, columns above `column` unchanged.
         """
-        return self._evaluate(obs, column, state, sources, resets, transform, heads, incremental, num_envs)[0]
+        return self._evaluate(obs, column, state, sources, resets, transform, heads, incremental, num_envs, False)[0]
 
     def forward_with_sources(
         self,
@@ -262,26 +262,28 @@ class ProgressiveNetwork(nn.Module):
         *,
         resets: Tensor | None = None,
         heads: Collection[str] = HEADS,
-        incremental: IncrementalFirstLayer | None = None,
+        incremental: IncrementalLayers | None = None,
     ) -> tuple[ColumnOutput, dict[int, Tensor]]:
         """`forward` and the activations that `sources` gives in one pass; less work than one after the other.
 
-        With `incremental` those activations are valid until its next use.
+        With `incremental` those activations are valid until its next use, and layer 1's are `StepMaps` if it keeps
+        changes and the network is not recurrent.
         """
-        return self._evaluate(obs, column, state, None, resets, None, heads, incremental, None)
+        return self._evaluate(obs, column, state, None, resets, None, heads, incremental, None, True)
 
     def _evaluate(
         self,
         obs: Tensor,
         column: int,
         state: Mapping[str, Tensor] | None,
-        given: Mapping[int, Tensor] | None,
+        given: Mapping[int, Any] | None,
         resets: Tensor | None,
         transform: Transform | None,
         heads: Collection[str],
-        incremental: IncrementalFirstLayer | None,
+        incremental: IncrementalLayers | None,
         num_envs: int | None,
-    ) -> tuple[ColumnOutput, dict[int, Tensor]]:
+        with_sources: bool,
+    ) -> tuple[ColumnOutput, dict[int, Any]]:
         k = self._index(column)
         obs, time_shape = self._prepare(obs)
         leading = time_shape or (len(obs),)
@@ -289,7 +291,7 @@ class ProgressiveNetwork(nn.Module):
         new_states = dict(states)
         learns = torch.is_grad_enabled() and not self.columns[k].is_frozen
         newest = self.columns[k]
-        known: FirstLayers | None = None
+        known: KnownLayers | None = None
         if incremental is not None and transform is None and not learns:
             known = incremental(obs, self._sources_of(newest), newest)
         steps = leading if num_envs is None else (len(obs) // num_envs, num_envs)
@@ -297,6 +299,7 @@ class ProgressiveNetwork(nn.Module):
             raise ValueError(f"num_envs: {len(obs)} observations are no time steps of {num_envs} environments")
         pixels: Tensor | None = None
         lower: Lower | None = None
+        sources: dict[int, Any]
         if given is not None:
             sources = self._check_sources(given, k, steps)
         else:
@@ -306,7 +309,9 @@ class ProgressiveNetwork(nn.Module):
             sources = _unflattened(found, steps)
             lower = None if first is None else Lower(1, first)
         if known is not None:
-            lower = Lower(1, known.each[-1], known.projected[-1])
+            lower = known.lower[-1]
+            if with_sources and known.sources is not None and 1 in newest.reads:
+                sources[1] = self._first_of_sources(known.sources, incremental, time_shape)
         elif num_envs is not None and learns and transform is None:
             lower = lower_layers(obs, num_envs, newest, sources)
         # What no layer to come reads need not be brought into shape.
@@ -320,7 +325,7 @@ class ProgressiveNetwork(nn.Module):
             pixels = self._to_float(obs, layout)
         logits, value, new_states[k] = newest(
             pixels,
-            {n: source.flatten(0, len(steps) - 1) for n, source in sources.items() if n >= lowest},
+            {n: _whole(source).flatten(0, len(steps) - 1) for n, source in sources.items() if n >= lowest},
             states.get(k),
             time_shape=time_shape,
             resets=resets,
@@ -332,7 +337,7 @@ class ProgressiveNetwork(nn.Module):
         absent = torch.empty(0, device=self.device)
         logits = absent if logits is None else logits.view(*leading, logits.shape[1])
         value = absent if value is None else value.view(leading)
-        return ColumnOutput(logits, value, self._join_state(new_states)), sources
+        return ColumnOutput(logits, value, self._join_state(new_states)), dict(sorted(sources.items()))
 
     @torch.no_grad()
     def sources(
@@ -342,7 +347,7 @@ class ProgressiveNetwork(nn.Module):
         state: Mapping[str, Tensor] | None = None,
         *,
         resets: Tensor | None = None,
-        incremental: IncrementalFirstLayer | None = None,
+        incremental: IncrementalLayers | None = None,
     ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         """Activations of the earlier columns that `column`'s laterals read, h^{<k} by layer, without gradient.
 
@@ -350,8 +355,9 @@ class ProgressiveNetwork(nn.Module):
             obs, column, state, resets, incremental: as in `forward`.
 
         Returns:
-            `{layer: (B, sum of widths, ...)}` ((B, T, ...) if recurrent), to be passed to `forward(sources=...)`,
-            and the LSTM state after the last step, in which only the earlier columns have moved.
+            `{layer: (B, sum of widths, ...)}` ((B, T, ...) if recurrent), to be passed to `forward(sources=...)`, layer
+            1's as `StepMaps` if `incremental` keeps changes and the network is not recurrent; and the LSTM state after
+            the last step, in which only the earlier columns have moved.
         """
         k = self._index(column)
         obs, time_shape = self._prepare(obs)
@@ -359,10 +365,16 @@ class ProgressiveNetwork(nn.Module):
         new_states = dict(states)
         columns = self._sources_of(self.columns[k])
         known = incremental(obs, columns) if incremental is not None and columns else None
-        if known is not None and known.sources is not None:  # what this gives stays valid
-            known = known._replace(sources=known.sources.clone())
-        out, _, _ = self._compute_sources(obs, k, states, new_states, time_shape, resets, None, known, with_first=False)
-        return _unflattened(out, time_shape or (len(obs),)), self._join_state(new_states)
+        found, _, _ = self._compute_sources(
+            obs, k, states, new_states, time_shape, resets, None, known, with_first=False
+        )
+        out: dict[int, Any] = _unflattened(found, time_shape or (len(obs),))
+        if known is not None:  # what this gives stays valid
+            out = {n: source.clone() for n, source in out.items()}
+            if known.sources is not None and 1 in self.columns[k].reads:
+                first = self._first_of_sources(known.sources, incremental, time_shape)
+                out[1] = first.copy() if isinstance(first, StepMaps) else first
+        return dict(sorted(out.items())), self._join_state(new_states)
 
     def activations(
         self,
@@ -413,6 +425,14 @@ class ProgressiveNetwork(nn.Module):
         h = obs.to(self.device, torch.float32, memory_format=layout)
         return h.clone() if h.data_ptr() % ALIGNMENT else h
 
+    def _first_of_sources(
+        self, maps: StepMaps, incremental: IncrementalLayers | None, time_shape: tuple[int, int] | None
+    ) -> Tensor | StepMaps:
+        """h_1^{<k} as the caller wants it."""
+        if incremental is not None and incremental.keeps_changes and time_shape is None:
+            return maps
+        return _unflattened({1: maps.whole()}, time_shape or maps.shape[:1])[1]
+
     def _sources_of(self, column: Column) -> list[Column]:
         """The columns that a column reads; a slice of a ModuleList is a new one, and takes ten times as long."""
         return [*self.columns][: column.num_sources]
@@ -426,7 +446,7 @@ class ProgressiveNetwork(nn.Module):
         time_shape: tuple[int, int] | None,
         resets: Tensor | None,
         transform: Transform | None,
-        known: FirstLayers | None,
+        known: KnownLayers | None,
         with_first: bool,
     ) -> tuple[dict[int, Tensor], Tensor | None, Tensor | None]:
         """h^{<k} of every layer that column k reads, h_1 of column k if it came along with theirs, and the observations
@@ -440,12 +460,15 @@ class ProgressiveNetwork(nn.Module):
             return {}, None, None
         # Without a transform nothing here depends on a parameter that trains.
         records = torch.is_grad_enabled() and transform is not None
-        firsts: list[Tensor | None] = [None] * (len(columns) + 1)
-        projected: list[Tensor | None] = [None] * len(columns)
+        lower: list[Lower | None] = [None] * len(columns)
+        first: Tensor | None = None
         if known is not None:
-            h, together = obs, known.sources
-            firsts[: len(columns)] = known.each[: len(columns)]
-            projected = known.projected
+            h, together = obs, None
+            lower[:] = known.lower[: len(columns)]
+            if known.reads_sources and known.sources is not None:
+                together = known.sources.whole()
+            else:
+                read.discard(1)
         else:
             h = self._to_float(obs)
             together = None if records else first_layers(h, [*columns, *([self.columns[k]] if with_first else [])])
@@ -453,29 +476,31 @@ class ProgressiveNetwork(nn.Module):
                 widths = [column.shapes[1][0] for column in columns]
                 parts = together.split([*widths, together.shape[1] - sum(widths)], dim=1)
                 # Copies: a convolution wants its maps in one piece, and a transform may write into them.
-                firsts = [part.contiguous() for part in parts[: len(columns)]]
-                firsts.append(parts[-1].contiguous() if with_first else None)
+                lower[:] = [Lower(1, part.contiguous()) for part in parts[: len(columns)]]
+                first = parts[-1].contiguous() if with_first else None
         given = together if transform is None else None  # a transform changes what lies side by side
         kept = Graph(columns, read) if records else SideBySide(columns, read, given)
         for j, column in enumerate(columns):
-            layers: list[Tensor] = []
+            # Nothing reads what lies below h_n where h_n is known.
+            layers: list[Tensor] = [] if (one := lower[j]) is None else [one.activation] * (one.number - 1)
             with torch.set_grad_enabled(records):
                 _, _, new_states[j] = column(
                     h,
-                    kept.before(column.num_sources, column.reads),
+                    kept.before(column.num_sources, read.intersection(column.reads)),
                     states.get(j),
                     time_shape=time_shape,
                     resets=resets,
                     index=j,
                     transform=transform,
                     activations=layers,
-                    lower=None if (first := firsts[j]) is None else Lower(1, first, projected[j]),
+                    lower=one,
                     heads=(),
                 )
                 kept.add(layers)
-        return kept.before(len(columns), self.columns[k].reads), firsts[-1], None if known is not None else h
+        reads = read.intersection(self.columns[k].reads)
+        return kept.before(len(columns), reads), first, None if known is not None else h
 
-    def _check_sources(self, sources: Mapping[int, Tensor], k: int, leading: tuple[int, ...]) -> dict[int, Tensor]:
+    def _check_sources(self, sources: Mapping[int, Any], k: int, leading: tuple[int, ...]) -> dict[int, Any]:
         """Those of the sources that a caller kept that column k reads, (*leading, ...) each."""
         checked = {}
         for number in self.columns[k].reads:
@@ -521,7 +546,11 @@ def interleaved(planes: Tensor) -> Tensor:
     return torch.stack(planes.unbind(1), dim=-1).permute(0, 3, 1, 2)
 
 
-def _unflattened(sources: Mapping[int, Tensor], leading: tuple[int, ...]) -> dict[int, Tensor]:
+def _whole(source: Tensor | StepMaps | ChangingMaps) -> Tensor:
+    return source if isinstance(source, Tensor) else source.whole()
+
+
+def _unflattened(sources: Mapping[int, Tensor], leading: tuple[int, ...]) -> dict[int, Any]:
     """(B * T, ...) -> (*leading, ...)"""
     return {n: source.unflatten(0, leading) if len(leading) > 1 else source for n, source in sources.items()}
 

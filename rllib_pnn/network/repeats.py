@@ -12,7 +12,6 @@ adapter's features, in Pong two of five; above it little is repeated, and maps a
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +24,8 @@ from torch import Tensor, nn
 
 from rllib_pnn.network.adapter import Adapter
 from rllib_pnn.network.column import Column, Lower
-from rllib_pnn.network.incremental import changed_patches, is_supported, patches_at
+from rllib_pnn.network.incremental import StepMaps
+from rllib_pnn.network.patches import any_in_patch, changed_patches, is_supported, patches_at
 
 MAX_DISTINCT = 0.5  # of all positions; with more of them an ordinary convolution is faster
 
@@ -89,10 +89,7 @@ class Repeats:
         high, wide = (height - kernel) // stride + 1, (width - kernel) // stride + 1
         is_new = np.zeros(self.shape, bool)
         is_new.reshape(-1)[self.rows] = True
-        reads = [slice(i, i + stride * (n - 1) + 1, stride) for n in (high, wide) for i in range(kernel)]
-        across = functools.reduce(np.bitwise_or, (is_new[..., x] for x in reads[kernel:]))
-        patch_is_new = functools.reduce(np.bitwise_or, (across[:, :, y] for y in reads[:kernel]))
-        upper = Repeats(np.flatnonzero(patch_is_new), (steps, num_envs, high, wide))
+        upper = Repeats(np.flatnonzero(any_in_patch(is_new, kernel, stride)), (steps, num_envs, high, wide))
         positions = np.arange(num_envs * height * width).reshape(self.shape[1:])
         patches = np.lib.stride_tricks.sliding_window_view(positions, (kernel, kernel), (1, 2))[:, ::stride, ::stride]
         patches = patches.reshape(-1, kernel * kernel)
@@ -102,6 +99,66 @@ class Repeats:
             now[where] = np.arange(rows.start, rows.stop)
             read[upper_rows] = now[patches[upper_where]]
         return upper, read
+
+
+class ChangingMaps:
+    """Maps (T, N, M, H, W) of which every step keeps what differs from the one before: h_1 of the sources, recorded.
+
+    >>> maps = ChangingMaps()
+    >>> for obs in rollout:
+    ...     sources, _ = net.sources(obs, incremental=incremental)  # an `IncrementalLayers(keeps_changes=True)`
+    ...     maps.append(sources[1])
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[np.ndarray, Tensor]] = []  # positions in (N, H, W), flattened and sorted; rows (n, M)
+        self._step_shape: tuple[int, ...] = ()
+        self._number: int | None = None
+
+    def append(self, maps: StepMaps | Tensor) -> None:
+        """The next step's, (N, M, H, W)."""
+        self._step_shape = tuple(maps.shape)
+        previous, self._number = self._number, None if isinstance(maps, Tensor) else maps.number
+        if isinstance(maps, Tensor):
+            rows = maps.permute(0, 2, 3, 1).flatten(0, 2)
+        elif maps.changes is not None and maps.follows == previous:
+            self._steps.append(maps.changes)
+            return
+        else:
+            rows = torch.cat(maps.parts, 1)
+        self._steps.append((np.arange(len(rows)), rows))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self._steps), *self._step_shape)
+
+    def of_envs(self, part: slice) -> ChangingMaps:
+        """The same for some of the environments."""
+        num_envs, maps, height, width = self._step_shape
+        start, stop, _ = part.indices(num_envs)
+        found = ChangingMaps()
+        found._step_shape = (stop - start, maps, height, width)
+        bounds = [start * height * width, stop * height * width]
+        for positions, rows in self._steps:
+            low, high = np.searchsorted(positions, bounds).tolist()
+            found._steps.append((positions[low:high] - bounds[0], rows[low:high]))
+        return found
+
+    def repeats(self) -> Repeats:
+        steps, num_envs, _, height, width = self.shape
+        size = num_envs * height * width
+        rows = np.concatenate([positions + t * size for t, (positions, _) in enumerate(self._steps)])
+        return Repeats(rows, (steps, num_envs, height, width))
+
+    def rows(self) -> Tensor:
+        """(U, M): what stands at the rows of `repeats`."""
+        return torch.cat([rows for _, rows in self._steps])
+
+    def whole(self) -> Tensor:
+        """(T, N, M, H, W), a new tensor."""
+        steps, num_envs, _, height, width = self.shape
+        flat = torch.from_numpy(self.repeats().spread(self.rows().numpy()))
+        return flat.view(steps, num_envs, height, width, -1).permute(0, 1, 4, 2, 3).contiguous()
 
 
 class _Spread(torch.autograd.Function):
@@ -194,19 +251,26 @@ def find_repeats(obs: Tensor, num_envs: int, layer: nn.Module) -> Repeats | None
     return repeats if repeats.are_worth_it else None
 
 
-def lower_layers(obs: Tensor, num_envs: int, column: Column, sources: Mapping[int, Tensor]) -> Lower | None:
+def lower_layers(
+    obs: Tensor, num_envs: int, column: Column, sources: Mapping[int, Tensor | ChangingMaps]
+) -> Lower | None:
     """The lower layers of a column that learns, as far up as patches repeat, with gradients for their parameters.
 
     Args:
         obs: (T * N, C, H, W) bytes, time-major.
         num_envs: N.
-        sources: h_i^{<k} of the layers that laterals read, (T, N, sum of source widths, ...).
+        sources: h_i^{<k} of the layers that laterals read, (T, N, sum of source widths, ...). Of layer 1 maybe as
+            recorded while these observations came.
 
     Returns:
         None where frames repeat little, or layer 1 is not supported.
     """
-    layer = column.layers[0]
-    repeats = find_repeats(obs, num_envs, layer)
+    layer, recorded = column.layers[0], sources.get(1)
+    repeats = None
+    if isinstance(recorded, ChangingMaps) and isinstance(layer, nn.Conv2d) and is_supported(obs, layer):
+        repeats = recorded.repeats()
+    if repeats is None or not repeats.are_worth_it:
+        recorded, repeats = None, find_repeats(obs, num_envs, layer)
     if repeats is None:
         return None
     assert isinstance(layer, nn.Conv2d)
@@ -218,7 +282,10 @@ def lower_layers(obs: Tensor, num_envs: int, column: Column, sources: Mapping[in
         lateral, above = _lateral(column, number + 1), _convolution(column, number + 1)
         features = None  # what the lateral of the layer above convolves, (U, M)
         if lateral is not None:
-            features = _rows(sources[number], repeats)
+            if number == 1 and isinstance(recorded, ChangingMaps):
+                features = recorded.rows()
+            else:
+                features = _rows(sources[number], repeats)
             if isinstance(lateral, Adapter):
                 features = _product(features, *lateral.map_affine())
         if above is None:
@@ -259,7 +326,9 @@ def _product(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias.unsqueeze(1), weight, inputs.t()).relu().t()
 
 
-def _rows(sources: Tensor, repeats: Repeats) -> Tensor:
+def _rows(sources: Tensor | ChangingMaps, repeats: Repeats) -> Tensor:
     """(T, N, M, H, W) at the distinct positions, (U, M)."""
+    if isinstance(sources, ChangingMaps):
+        sources = sources.whole()
     image, position = np.divmod(repeats.rows, sources[0, 0, 0].numel())
     return torch.from_numpy(sources.flatten(3).numpy()[*np.divmod(image, sources.shape[1]), :, position])

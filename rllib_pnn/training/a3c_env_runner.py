@@ -47,7 +47,9 @@ from torch import Tensor, nn
 
 from rllib_pnn.envs.score import EPISODE_SCORE, episode_scores
 from rllib_pnn.envs.stagger import cut_now, stagger_episodes
+from rllib_pnn.network.incremental import StepMaps
 from rllib_pnn.network.memory import lean_memory
+from rllib_pnn.network.repeats import ChangingMaps
 from rllib_pnn.training.a3c_loss import a3c_loss, n_step_advantages
 from rllib_pnn.training.rl_module import NUM_ENVS, SOURCES
 from rllib_pnn.training.shared_memory import Mailbox, Slot
@@ -168,8 +170,8 @@ class Rollout:
     resets: np.ndarray  # (T, N) bool, true where this step ended with a reset: the next one starts an episode
     state: Any  # before the first step; None if feed-forward
     last_state: Any
-    features: dict[str, Tensor]  # (T + 1, N, ...), the module's `frozen_features`; reused by the next rollout
-    last_features: dict[str, Tensor]  # of last_obs, as the module gave them, LSTM states among them
+    features: dict[str, Any]  # (T + 1, N, ...), the module's `frozen_features`; tensors are reused by the next rollout
+    last_features: dict[str, Tensor]  # of last_obs, as a recurrent module gave them, LSTM states among them
     # SAME_STEP: (t, n, obs, state) of truncations, whose last observation the env has replaced.
     final: list[tuple[int, int, Tensor, Any]]
 
@@ -205,7 +207,10 @@ class Rollout:
             resets=self.resets[:, part],
             state=first(self.state),
             last_state=first(self.last_state),
-            features={key: feature[:, part] for key, feature in self.features.items()},
+            features={
+                key: feature.of_envs(part) if isinstance(feature, ChangingMaps) else feature[:, part]
+                for key, feature in self.features.items()
+            },
             last_features={key: feature[part] for key, feature in self.last_features.items()},
             final=[(t, n - part.start, *rest) for t, n, *rest in self.final if part.start <= n < part.stop],
         )
@@ -317,7 +322,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             )
         self.module.to(self._device)
         if hasattr(self.module, "follows_environments"):
-            self.module.follows_environments()
+            self.module.follows_environments(keeps_changes=True)
         self._forget_layout()
 
     @override(SingleAgentEnvRunner)
@@ -478,7 +483,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         valid = np.empty((length, num_envs), dtype=bool)
         resets = np.empty((length, num_envs), dtype=bool)
         actions: list[Tensor] = []
-        features = self._feature_buffers
+        features: dict[str, Any] = {}
         final: list[tuple[int, int, Tensor, Any]] = []
         first_state = self._state
 
@@ -486,9 +491,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             obs[t].copy_(torch.from_numpy(self._obs))
             out, step_features = self._act(self._make_batch(obs[t], self._state))
             for key, feature in step_features.items():
-                if key not in features:
-                    features[key] = feature.new_empty((length + 1, *feature.shape))
-                features[key][t].copy_(feature)
+                self._record(features, key, t, feature)
             logits = out[Columns.ACTION_DIST_INPUTS]
             action = distribution.from_logits(logits.squeeze(1) if recurrent else logits).sample()
             actions.append(action)
@@ -520,7 +523,7 @@ class A3CEnvRunner(SingleAgentEnvRunner):
         last_batch = self._make_batch(last_obs, self._state)
         self._last_features = last_features = self._frozen_features(last_batch)
         for key, feature in self._per_step(last_features, recurrent).items():
-            features[key][length] = feature
+            self._record(features, key, length, feature)
         self._num_rollouts_unreported += 1
         return Rollout(
             observations=obs,
@@ -532,10 +535,24 @@ class A3CEnvRunner(SingleAgentEnvRunner):
             resets=resets,
             state=first_state,
             last_state=self._state,
-            features=dict(features),
-            last_features=last_features,
+            features=features,
+            last_features=last_features if recurrent else {},
             final=final,
         )
+
+    def _record(self, features: dict[str, Any], key: str, t: int, feature: Any) -> None:
+        """Keeps a feature of step t, (N, ...), in an array of all steps, or by what changes from step to step."""
+        if t == 0:
+            features[key] = ChangingMaps() if isinstance(feature, StepMaps) else self._feature_buffer(key, feature)
+        if isinstance(features[key], ChangingMaps):
+            features[key].append(feature)
+        else:
+            features[key][t].copy_(feature.whole() if isinstance(feature, StepMaps) else feature)
+
+    def _feature_buffer(self, key: str, feature: Tensor) -> Tensor:
+        if key not in self._feature_buffers:
+            self._feature_buffers[key] = feature.new_empty((self._rollout_length + 1, *feature.shape))
+        return self._feature_buffers[key]
 
     @property
     def _rollout_length(self) -> int:

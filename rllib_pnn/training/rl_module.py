@@ -28,7 +28,7 @@ from ray.rllib.utils.typing import StateDict
 from torch import Tensor, nn
 
 from rllib_pnn.network.column import HEADS, Column, ColumnLayout, ColumnOutput
-from rllib_pnn.network.incremental import IncrementalFirstLayer
+from rllib_pnn.network.incremental import IncrementalLayers
 from rllib_pnn.network.progressive import ProgressiveNetwork, interleaved
 from rllib_pnn.network.spec import ColumnSpec
 
@@ -38,7 +38,8 @@ SOURCES = "sources/"  # prefix of batch columns that hold activations of frozen 
 # In a batch: its rows are time steps of so many environments, time-major; `SOURCES` are then (T, N, ...).
 NUM_ENVS = "num_envs"
 _STATE_KEYS = ("h", "c")
-_ONE_PASS = ("frozen_features", "_evaluate", "_forward", "_forward_exploration")  # see forward_with_features
+_ACTING = ("frozen_features", "_evaluate", "_forward", "_forward_exploration")  # see forward_with_features
+_LEARNING = ("_forward_train", "compute_values")
 
 
 def num_outputs_of(space: gym.Space) -> int:
@@ -132,7 +133,7 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
             "finished": False,
         }
         self._references: dict[str, ray.ObjectRef] = {}  # by fingerprint
-        self._incremental: IncrementalFirstLayer | None = None
+        self._incremental: IncrementalLayers | None = None
         if isinstance(space, gym.spaces.MultiDiscrete):
             self.action_dist_cls = TorchMultiCategorical.get_partial_dist_cls(input_lens=[int(n) for n in space.nvec])
         self._columns_changed()
@@ -159,13 +160,21 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         self._frozen_width = sum(c.state_width for c in self.network.columns[:-1])
         self._is_stateful = None
 
-    def follows_environments(self) -> None:
+    def follows_environments(self, *, keeps_changes: bool = False) -> None:
         """From now on this module is asked for one time step of the same environments after the other.
 
-        It then computes less (see `IncrementalFirstLayer`), and the features that `forward_with_features` gives are
+        It then computes less (see `IncrementalLayers`), and the features that `forward_with_features` gives are
         valid until its next forward pass. Other observations do no harm.
+
+        Args:
+            keeps_changes: features of layer 1 shall come as `StepMaps` where they can, to be recorded by a
+                `ChangingMaps`, which forward passes take in their stead.
         """
-        self._incremental = IncrementalFirstLayer()
+        self._incremental = IncrementalLayers(keeps_changes=keeps_changes and not self._replaces(*_ACTING, *_LEARNING))
+
+    def _replaces(self, *names: str) -> bool:
+        """Whether a subclass has one of these methods of its own, which may know features as tensors only."""
+        return any(getattr(type(self), name) is not getattr(ProgressiveRLModule, name) for name in names)
 
     # -- forward passes ------------------------------------------------------------------------------------------
 
@@ -218,7 +227,7 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         self,
         batch: Mapping[str, Any],
         heads: Collection[str] = HEADS,
-        incremental: IncrementalFirstLayer | None = None,
+        incremental: IncrementalLayers | None = None,
     ) -> ColumnOutput:
         sources = None
         if self._source_keys and next(iter(self._source_keys.values())) in batch:
@@ -244,7 +253,7 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
             The outputs, and the features that a later training batch takes: those of `frozen_features` without the
             LSTM state, which has moved in the outputs.
         """
-        if any(getattr(type(self), name) is not getattr(ProgressiveRLModule, name) for name in _ONE_PASS):
+        if self._replaces(*_ACTING):
             features = self.frozen_features(batch)  # a subclass's own pass may know nothing of `with_features`
             return self.forward_exploration({**batch, **features}, **kwargs), features
         output = self.forward_exploration(batch, with_features=True, **kwargs)
