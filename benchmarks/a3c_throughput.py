@@ -8,7 +8,8 @@ a machine that gets slower or faster meanwhile treats them alike; compare the ra
 
 - `env`: the emulator alone, one process: a core's share of what all others spend on it.
 - `bare`: benchmarks/bare_loop.py, synchronous A2C with averaged gradients: the limit.
-- `a3c`: rllib_pnn's A3C; `a3c_2`, `a3c_4`, `a3c_8`: its last of so many columns.
+- `a3c`: rllib_pnn's A3C with a first column, its module given by hand as IMPALA's is.
+- `a3c_1`, `a3c_2`, `a3c_4`, `a3c_8`: under `make_progressive`, the last of so many columns; compare these with a3c_1.
 - `impala`: RLlib's IMPALA as it comes, with the same module and batches of 320.
 """
 
@@ -29,7 +30,7 @@ from typing import Any
 
 from measuring import cpu_seconds, machine, rate_of, take_turns
 
-CONTESTANTS = ("env", "bare", "a3c", "impala", "a3c_2", "a3c_4", "a3c_8")
+CONTESTANTS = ("env", "bare", "a3c", "impala", "a3c_1", "a3c_2", "a3c_4", "a3c_8")
 WARM_UP_S = 5.0
 
 
@@ -74,7 +75,7 @@ def run_rllib(args: argparse.Namespace) -> tuple[float, float]:
 
     ray.init(num_cpus=args.runners + 1, include_dashboard=False, log_to_driver=False)
     tune.register_env("pong", lambda ctx: AtariVectorEnv("pong", ctx["num_envs"], num_threads=1))
-    num_columns = int(args.only.partition("_")[2] or 1)
+    num_columns = int(args.only.partition("_")[2] or 0)  # of make_progressive
     config: Any
     if args.only == "impala":
         config = IMPALAConfig().training(train_batch_size_per_learner=320, lr=5e-4)
@@ -93,7 +94,7 @@ def run_rllib(args: argparse.Namespace) -> tuple[float, float]:
         .debugging(log_level="ERROR")
     )
     with tempfile.TemporaryDirectory() as folder:
-        if num_columns == 1:
+        if num_columns == 0:
             progressive = {"column": "atari", "tasks": [{}]}
             config.rl_module(
                 rl_module_spec=RLModuleSpec(module_class=ProgressiveRLModule, model_config={"progressive": progressive})
@@ -109,7 +110,7 @@ def run_rllib(args: argparse.Namespace) -> tuple[float, float]:
 
         def go_on() -> float:
             result = algo.train()
-            if num_columns > 1 and result["progressive"]["column"] < num_columns - 1:
+            if num_columns and result["progressive"]["column"] < num_columns - 1:
                 return 0
             return float(result.get("learners", {}).get("__all_modules__", {}).get("num_env_steps_trained_lifetime", 0))
 
@@ -160,14 +161,16 @@ def main() -> None:
     arguments = [part for key in keys for part in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
     turns = take_turns(__file__, args.contestants, args.rounds, arguments)
     all_ratios: dict[str, dict[str, list[float]]] = {}
-    for other in args.contestants:
-        if other == "a3c" or "a3c" not in turns:
+    pairs = [("a3c", other) for other in ("env", "bare", "impala")]
+    pairs += [(f"a3c_{k}", "a3c_1") for k in (2, 4, 8)]
+    for one, other in pairs:
+        if one not in turns or other not in turns:
             continue
         for key in ("env_steps_per_s", "cpu_us_per_env_step"):
-            ratios = sorted(a[key] / b[key] for a, b in zip(turns["a3c"], turns[other], strict=True))
-            all_ratios.setdefault(other, {})[key] = ratios
+            ratios = sorted(a[key] / b[key] for a, b in zip(turns[one], turns[other], strict=True))
+            all_ratios.setdefault(other if one == "a3c" else one, {})[key] = ratios
             print(
-                f"a3c / {other}, {key}: median {statistics.median(ratios):.2f} "
+                f"{one} / {other}, {key}: median {statistics.median(ratios):.2f} "
                 f"(min {ratios[0]:.2f}, max {ratios[-1]:.2f}, {args.rounds} rounds, T = {args.rollout})"
             )
     if args.output:

@@ -61,6 +61,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def few_positions_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Incremental evaluation also for networks so small that it takes longer."""
+    from rllib_pnn.network import incremental
+
+    monkeypatch.setattr(incremental, "pays", lambda changed, total, num_columns: changed <= 0.4 * total)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """Looks once more after all tests and their fixtures."""

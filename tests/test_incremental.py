@@ -12,10 +12,10 @@ from small_networks import SHAPE, SMALL, make
 from torch import Tensor
 
 from rllib_pnn.network import ProgressiveNetwork, incremental
-from rllib_pnn.network.incremental import IncrementalLayers
+from rllib_pnn.network.incremental import IncrementalLayers, pays
 from rllib_pnn.network.patches import any_in_patch, changed_patches, positions_above, row_starts, strip_of_patches
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "few_positions_pay")
 
 
 def frames(count: int, batch: int = 6, shape: tuple[int, ...] = SHAPE) -> list[Tensor]:
@@ -238,6 +238,23 @@ def test_noise_is_given_up_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
     for obs in frames(80):
         assert agree(network, obs, use)
     assert counter.positions > 0
+
+
+def test_it_is_done_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    positions = 400  # of layer 1 of the `atari` column
+    assert pays(int(0.09 * 32 * positions), 32 * positions, 1)  # Pong
+    assert not pays(int(0.15 * 32 * positions), 32 * positions, 1)
+    assert pays(int(0.2 * 32 * positions), 32 * positions, 2)
+    assert not pays(int(0.3 * 32 * positions), 32 * positions, 2)
+    assert pays(int(0.4 * 32 * positions), 32 * positions, 8)
+    assert not pays(int(0.6 * 32 * positions), 32 * positions, 8)
+    assert not pays(0, 8 * positions, 1)
+    # Where it can't, nothing is compared or kept.
+    monkeypatch.setattr(incremental, "pays", pays)
+    monkeypatch.setattr(incremental, "changed_patches", None)
+    network, use = make(1), IncrementalLayers()
+    assert all(agree(network, obs, use) for obs in frames(3))
+    assert use._seen is None
 
 
 def test_where_bits_differ_it_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:

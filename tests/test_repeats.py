@@ -18,7 +18,7 @@ from rllib_pnn.network.incremental import IncrementalLayers, StepMaps
 from rllib_pnn.network.repeats import ChangingMaps, Repeats, find_repeats, lower_layers
 
 STEPS, ENVS = 9, 3
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "few_positions_pay")
 
 
 def rollout(shape: tuple[int, ...] = SHAPE, steps: int = STEPS, envs: int = ENVS) -> Tensor:

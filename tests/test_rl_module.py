@@ -226,6 +226,7 @@ def test_a_subclass_with_a_forward_pass_of_its_own_still_has_features():
     assert features.keys() == module.frozen_features(batch()).keys() != set()
 
 
+@pytest.mark.usefixtures("few_positions_pay")
 @pytest.mark.parametrize("name", ["_forward", "_forward_train", "compute_values"])
 def test_a_subclass_with_a_pass_of_its_own_gets_features_as_tensors(name):
     space = gym.spaces.Box(0, 255, (4, 20, 20), np.uint8)
@@ -342,6 +343,7 @@ def test_target_network_follows_the_newest_column():
     assert target.num_sources == 1
 
 
+@pytest.mark.usefixtures("few_positions_pay")
 def test_a_module_that_follows_environments_computes_the_same():
     space = gym.spaces.Box(0, 255, (4, 20, 20), np.uint8)
     spec = [{"conv": [4, 8, 4]}, {"conv": [4, 2]}, {"dense": 8}]

@@ -14,6 +14,7 @@ Maps are kept as rows, (B * H * W, M): a position's numbers are in one piece, an
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
@@ -27,8 +28,7 @@ from rllib_pnn.network.column import Column, Lower
 from rllib_pnn.network.patches import changed_patches, is_supported, positions_above, row_starts, strip_of_patches
 from rllib_pnn.network.together import first_layers
 
-MAX_CHANGED = 0.4  # of all positions of layer 1; with more of them all are computed
-MAX_CHANGED_ABOVE = 0.5  # of layer 2
+MAX_CHANGED_ABOVE = 0.5  # of all positions of layer 2; with more of them all are computed
 _MAX_WAIT = 256  # calls
 _FILLED = 128  # patches of layer 2; filled up to a multiple, so that few shapes are met
 _MAX_CASES = 1024
@@ -37,6 +37,15 @@ _verdicts: dict[Hashable, bool] = {}
 _Affine = tuple[Tensor, Tensor]  # weight and bias
 _Size = tuple[int, int]  # H, W
 _Read = tuple[int, int]  # kernel, stride
+
+
+def pays(changed: int, total: int, num_columns: int) -> bool:
+    """Whether it takes less time to compute so many positions of layer 1 than all of them, and what lies above.
+
+    Microseconds of one core (Zen 4, the `atari` column; docs/performance.md), of which the ratios matter: every call
+    has a fixed cost, which few environments of a single column do not make up for.
+    """
+    return 500 + changed * (0.2 + 0.24 * num_columns) <= total * (0.145 * num_columns - 0.06)
 
 
 class StepMaps(NamedTuple):
@@ -149,8 +158,8 @@ class IncrementalLayers:
     """The lower layers of columns for observation after observation of the same environments, without gradient.
 
     Nothing has to be announced: observations are compared with the last ones, and weights of columns that train with
-    those used last. So it is right, if of no use, for observations that have nothing to do with each other. Where most
-    of an image changes it gives up and tries again after a while.
+    those used last. So it is right, if of no use, for observations that have nothing to do with each other. Where too
+    much of an image changes it gives up and tries again after a while.
 
     Args:
         keeps_changes: networks shall give h_1 of the sources as `StepMaps`, for `ChangingMaps` to record.
@@ -179,7 +188,7 @@ class IncrementalLayers:
 
         Returns:
             None where the ordinary way is the better or the only one: other observations, layers of several shapes, an
-            image most of which has changed.
+            image much of which has changed, few environments (see `pays`).
         """
         columns = [*sources, *([] if newest is None else [newest])]
         layer = _common_convolution(columns, 1)
@@ -189,11 +198,15 @@ class IncrementalLayers:
             self._skip -= 1
             return None
         pixels = obs.numpy()
+        total = len(pixels) * math.prod(columns[0].shapes[1][1:])
+        if not pays(0, total, len(columns)):
+            self._seen = None
+            return None
         if self._seen is None or self._seen.shape != pixels.shape or not self._knows(columns):
             return self._begin(obs, columns, len(sources))
         read = layer.kernel_size[0], layer.stride[0]
         changed = changed_patches(pixels, self._seen, *read)
-        if len(changed) > MAX_CHANGED * len(self._known[0].rows):
+        if not pays(len(changed), total, len(columns)):
             self._seen = None
             self._skip = self._wait = min(2 * self._wait + 1, _MAX_WAIT)
             return None

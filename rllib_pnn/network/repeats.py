@@ -27,7 +27,9 @@ from rllib_pnn.network.column import Column, Lower
 from rllib_pnn.network.incremental import StepMaps
 from rllib_pnn.network.patches import any_in_patch, changed_patches, is_supported, patches_at
 
-MAX_DISTINCT = 0.5  # of all positions; with more of them an ordinary convolution is faster
+# Of all positions; with more of them an ordinary convolution is faster (docs/performance.md).
+MAX_DISTINCT = 0.3  # in layer 1
+MAX_DISTINCT_ABOVE = 0.5
 
 
 class Repeats:
@@ -51,8 +53,9 @@ class Repeats:
         ]
 
     @property
-    def are_worth_it(self) -> bool:
-        return len(self.rows) <= MAX_DISTINCT * math.prod(self.shape)
+    def share(self) -> float:
+        """Of all positions, those that are distinct."""
+        return len(self.rows) / math.prod(self.shape)
 
     def spread(self, values: np.ndarray) -> np.ndarray:
         """(U, M) -> (T, N * H * W, M): what stands at each position."""
@@ -248,7 +251,7 @@ def find_repeats(obs: Tensor, num_envs: int, layer: nn.Module) -> Repeats | None
     high, wide = ((n - kernel) // stride + 1 for n in obs.shape[2:])
     first = np.arange(num_envs * high * wide)
     repeats = Repeats(np.concatenate([first, len(first) + changed]), (steps, num_envs, high, wide))
-    return repeats if repeats.are_worth_it else None
+    return repeats if repeats.share <= MAX_DISTINCT else None
 
 
 def lower_layers(
@@ -269,7 +272,7 @@ def lower_layers(
     repeats = None
     if isinstance(recorded, ChangingMaps) and isinstance(layer, nn.Conv2d) and is_supported(obs, layer):
         repeats = recorded.repeats()
-    if repeats is None or not repeats.are_worth_it:
+    if repeats is None or repeats.share > MAX_DISTINCT:
         recorded, repeats = None, find_repeats(obs, num_envs, layer)
     if repeats is None:
         return None
@@ -297,7 +300,7 @@ def lower_layers(
             kernel = torch.cat([kernel, lateral.out.weight], 1)
         upper, read = repeats.above(above.kernel_size[0], above.stride[0])
         number += 1
-        if not upper.are_worth_it:
+        if upper.share > MAX_DISTINCT_ABOVE:
             maps = _Spread.apply(values.contiguous(), repeats)
             return Lower(number, F.conv2d(maps, kernel, above.bias, above.stride).relu_())
         stride = above.stride[0]
