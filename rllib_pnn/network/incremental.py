@@ -191,17 +191,15 @@ class IncrementalLayers:
             image much of which has changed, few environments (see `pays`).
         """
         columns = [*sources, *([] if newest is None else [newest])]
-        layer = _common_convolution(columns, 1)
-        if layer is None or not is_supported(obs, layer):
-            return None
         if self._skip:
             self._skip -= 1
             return None
-        pixels = obs.numpy()
-        total = len(pixels) * math.prod(columns[0].shapes[1][1:])
-        if not pays(0, total, len(columns)):
+        total = len(obs) * math.prod(columns[0].shapes[1][1:])  # positions
+        layer = _common_convolution(columns, 1) if pays(0, total, len(columns)) else None
+        if layer is None or not is_supported(obs, layer):
             self._seen = None
             return None
+        pixels = obs.numpy()
         if self._seen is None or self._seen.shape != pixels.shape or not self._knows(columns):
             return self._begin(obs, columns, len(sources))
         read = layer.kernel_size[0], layer.stride[0]
