@@ -305,7 +305,7 @@ def test_where_it_is_of_no_use_the_ordinary_way_goes_on(case: str, monkeypatch: 
 
 def test_a3c_gradients_of_pong_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     rllib_pnn.register()
-    config = A3CConfig().environment("rllib_pnn/PongSoup-v0")
+    config = A3CConfig().environment("rllib_pnn/PongSoup-v0").debugging(seed=1)
     config.env_runners(num_env_runners=0, num_envs_per_env_runner=4, rollout_fragment_length=6)
     tasks = [{"name": name, "until": {"num_env_steps": 1}} for name in "ab"]
     config = make_progressive(config, tasks=tasks, column="atari")
@@ -315,6 +315,7 @@ def test_a3c_gradients_of_pong_with_and_without(monkeypatch: pytest.MonkeyPatch)
         for parameter in runner.module.network.trainable_parameters():
             # Otherwise layer 1 makes 0 of the background, but for rounding, and its ReLU's gradient is 0 or not.
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(0)  # of the actions
     asked = []
     monkeypatch.setattr(progressive, "lower_layers", lambda *args: asked.append(lower_layers(*args)) or asked[-1])
     rollouts = [runner.collect_rollout() for _ in range(2)]
@@ -339,11 +340,12 @@ def test_a3c_gradients_of_pong_with_and_without(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("restart", [False, True])
 def test_a3c_records_features_also_where_incremental_evaluation_gives_up(restart: bool) -> None:
     rllib_pnn.register()
-    config = A3CConfig().environment("rllib_pnn/PongSoup-v0")
+    config = A3CConfig().environment("rllib_pnn/PongSoup-v0").debugging(seed=1)
     config.env_runners(num_env_runners=0, num_envs_per_env_runner=2, rollout_fragment_length=5)
     config = make_progressive(config, tasks=[{"name": n, "until": {"num_env_steps": 1}} for n in "ab"], column="atari")
     runner = config.env_runner_cls(config=config, worker_index=0)
     runner.module.grow({**runner.module.progress, "task_index": 1})
+    torch.manual_seed(0)  # of the actions
     runner.collect_rollout()
     runner._restart_rollouts = restart
     runner.module._incremental._skip = 3

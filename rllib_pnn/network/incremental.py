@@ -222,7 +222,8 @@ class IncrementalLayers:
         self._number += bool(len(changed))
         for later in self._known[len(columns) :]:
             later.is_current = False
-        self._renew(obs, columns, len(usable))
+        if len(usable) < len(columns):
+            self._renew(obs.to(torch.float32), columns, len(usable))
         changes = (changed, rows) if len(usable) >= len(sources) else None
         return self._layers(columns, len(sources), follows, changes)
 
@@ -251,27 +252,24 @@ class IncrementalLayers:
 
     def _begin(self, obs: Tensor, columns: Sequence[Column], num_sources: int) -> KnownLayers:
         """Computes all of it and remembers it."""
-        joint = first_layers(obs.to(torch.float32), columns)
-        firsts = None
+        h, firsts = obs.to(torch.float32), None
+        joint = first_layers(h, columns)
         if joint is not None:
             firsts = [part.contiguous() for part in joint.split([column.shapes[1][0] for column in columns], 1)]
         self._seen = obs.numpy().copy()
         self._number += 1
         self._known = []
         self._above = _reading_of_layer_2(columns)
-        self._renew(obs, columns, 0, firsts)
+        self._renew(h, columns, 0, firsts)
         return self._layers(columns, num_sources)
 
     def _renew(self, obs: Tensor, columns: Sequence[Column], first: int, maps: Sequence[Tensor] | None = None) -> None:
-        """Computes the maps of columns from the `first` on as a whole. `maps` is what is known of their h_1."""
-        if first == len(columns):
-            return
-        h = obs.to(torch.float32)
+        """Computes the maps of columns from the `first` on as a whole. `obs` are floats, `maps` their h_1 if known."""
         sources = [known.maps(len(obs)) for known in self._known[:first]] if columns[-1].map_adapter else []
         for j in range(first, len(columns)):
             column = columns[j]
             before = torch.cat(sources[: column.num_sources], 1) if column.map_adapter else None
-            known = _Known(column, h, before, None if maps is None else maps[j], self._above is not None)
+            known = _Known(column, obs, before, None if maps is None else maps[j], self._above is not None)
             self._known[j : j + 1] = [known]
             if j + 1 < len(columns):
                 sources.append(known.maps(len(obs)))
