@@ -253,7 +253,9 @@ class A3CEnvRunner(SingleAgentEnvRunner):
     Works with any TorchRLModule that has `ValueFunctionAPI`. A module that also has
     `frozen_features(batch) -> dict[str, Tensor]` gets them computed once per observation; they are passed back under
     the same keys in every batch that holds this observation. With `forward_with_features(batch, t=...)` it may give
-    them along with the outputs of `forward_exploration`, in one pass.
+    them along with the outputs of `forward_exploration`, in one pass. A module that has
+    `follows_environments(keeps_changes=True)` is told so that its batches are steps of the same environments; it may
+    then give features as `StepMaps`, and finds a rollout's as `ChangingMaps` beside `NUM_ENVS` in its train batch.
     """
 
     # RLlib declares these as optional or by their bases; they are set before use.
