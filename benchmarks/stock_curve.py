@@ -6,7 +6,8 @@ How to run:
     python benchmarks/stock_curve.py --like tuned_examples/pong_soup_impala.yaml --out runs/stock-impala
 
 Takes algorithm, settings and first task of the file's experiment; RLlib's own EnvRunners, connectors and Learner train
-the column as anybody would write it (`rllib_throughput.PlainColumn`) on the same native vector env. Stops when the mean
+the column as anybody would write it (`rllib_throughput.PlainColumn`) on the same native vector env, or with `--module
+package` this package's module, with its initial weights and input shift, as `rllib train` would. Stops when the mean
 return of the last `metrics_num_episodes_for_smoothing` episodes is that of the task's `until`, at its steps, or after
 `--minutes`. `result.json` in `OUT/seed_N` has a line an iteration, which docs/make_pong_curves.py reads.
 """
@@ -25,6 +26,7 @@ from rllib_throughput import PlainColumn
 
 import rllib_pnn
 from rllib_pnn.experiment.algorithm import Cluster, build_config
+from rllib_pnn.experiment.run import make_config
 from rllib_pnn.experiment.spec import load_plans
 
 
@@ -32,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--like", type=Path, required=True, help="a tuned example of one environment with tasks")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--module", choices=("plain", "package"), default="plain")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0, help="of training, at most")
     args = parser.parse_args()
@@ -48,7 +51,10 @@ def main() -> None:
     config = build_config(plan, stock, Cluster.connected())
     config.environment(env_config=dict(task.env_config))
     config.env_runners(gym_env_vectorize_mode="vector_entry_point")
-    config.rl_module(rl_module_spec=RLModuleSpec(module_class=PlainColumn))
+    spec = RLModuleSpec(module_class=PlainColumn)
+    if args.module == "package":
+        spec = make_config(plan, experiment, Cluster.connected()).rl_module_spec
+    config.rl_module(rl_module_spec=spec)
     config.debugging(seed=args.seed, log_level="ERROR")
     algorithm = config.build_algo()
     over = False
