@@ -160,7 +160,7 @@ def main() -> None:
     keys = ("seconds", "runners", "envs", "rollout", "in_flight", "parts")
     arguments = [part for key in keys for part in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
     turns = take_turns(__file__, args.contestants, args.rounds, arguments)
-    all_ratios: dict[str, dict[str, list[float]]] = {}
+    all_ratios: dict[str, dict[str, list[float]]] = {}  # by pair
     pairs = [("a3c", other) for other in ("env", "bare", "impala")]
     pairs += [(f"a3c_{k}", "a3c_1") for k in (2, 4, 8)]
     for one, other in pairs:
@@ -168,14 +168,14 @@ def main() -> None:
             continue
         for key in ("env_steps_per_s", "cpu_us_per_env_step"):
             ratios = sorted(a[key] / b[key] for a, b in zip(turns[one], turns[other], strict=True))
-            all_ratios.setdefault(other if one == "a3c" else one, {})[key] = ratios
+            all_ratios.setdefault(f"{one} / {other}", {})[key] = ratios
             print(
                 f"{one} / {other}, {key}: median {statistics.median(ratios):.2f} "
                 f"(min {ratios[0]:.2f}, max {ratios[-1]:.2f}, {args.rounds} rounds, T = {args.rollout})"
             )
     if args.output:
         args.output.write_text(
-            json.dumps({"command": " ".join(sys.argv), "machine": machine(), "turns": turns, "a3c_over": all_ratios})
+            json.dumps({"command": " ".join(sys.argv), "machine": machine(), "turns": turns, "ratios": all_ratios})
         )
 
 

@@ -64,16 +64,18 @@ def a3c_table(report: dict[str, Any]) -> str:
     rows = []
     for name, turns in report["turns"].items():
         rates = [t["env_steps_per_s"] for t in turns]
-        ratios = report["a3c_over"].get(name, {}).get("env_steps_per_s")
+        pairs = f"a3c / {name}", f"{name} / a3c_1"
+        ratios = [report["ratios"].get(pair, {}).get("env_steps_per_s") for pair in pairs]
         rows.append(
             [
                 f"`{name}`",
                 spread(rates),
                 f"{statistics.median(t['cpu_us_per_env_step'] for t in turns):.0f}",
-                spread(ratios, 2) if ratios else "",
+                *(spread(ratio, 2) if ratio else "" for ratio in ratios),
             ]
         )
-    return table(["contestant", "env-steps/s", "us of processor time per env-step", "A3C over it"], rows)
+    costs = "us of processor time per env-step"
+    return table(["contestant", "env-steps/s", costs, "A3C over it", "over `a3c_1`"], rows)
 
 
 def a3c_columns_table(report: dict[str, Any]) -> str:
