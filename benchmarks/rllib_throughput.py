@@ -7,8 +7,9 @@ How to run (a quiet machine; every run is a process of its own, and the variants
 Variants, all with the 12-map Atari column, the same native vector env, EnvRunners, environments, batches and epochs:
 
 - `stock`: RLlib's EnvRunner and Learner pipeline; the column written as anybody would (`PlainColumn`);
-- `array`: the same module with `ArrayEnvRunner` and `use_array_pipeline`;
-- `package`: `make_progressive` on top, so that the column is this package's, K = 1.
+- `module`: the same with this package's module, K = 1;
+- `array`: `PlainColumn` with `ArrayEnvRunner` and `use_array_pipeline`;
+- `package`: `make_progressive`, which is both.
 
 Results to expect are in docs/performance.md. Each run reports env-steps per second of wall clock and microseconds of
 processor time per env-step (driver, EnvRunners and Ray's own processes), which a busy machine disturbs less.
@@ -47,7 +48,7 @@ from rllib_pnn.training.env_runner import ArrayEnvRunner
 from rllib_pnn.training.progressive import make_progressive
 
 ENV = "rllib_pnn/PongSoup-v0"
-VARIANTS = ("stock", "array", "package")
+VARIANTS = ("stock", "module", "array", "package")
 ALGORITHMS = ("PPO", "IMPALA", "APPO")
 
 
@@ -113,14 +114,15 @@ def config_of(algorithm: str, variant: str, *, num_env_runners: int, num_envs: i
     )
     config.learners(num_learners=0)
     config.debugging(seed=0, log_level="ERROR")
-    if variant != "package":
-        config.rl_module(rl_module_spec=RLModuleSpec(module_class=PlainColumn))
-    if variant != "stock":
+    task = {"name": "pong", "env_config": {"variant": "pong"}, "until": {"num_env_steps": 10**12}}
+    progressive = make_progressive(config, tasks=[task], column="atari", evaluation_episodes=0)
+    if variant == "package":
+        return progressive
+    spec = RLModuleSpec(module_class=PlainColumn)
+    config.rl_module(rl_module_spec=progressive.rl_module_spec if variant == "module" else spec)
+    if variant == "array":
         config.env_runners(env_runner_cls=ArrayEnvRunner)
         use_array_pipeline(config)
-    if variant == "package":
-        task = {"name": "pong", "env_config": {"variant": "pong"}, "until": {"num_env_steps": 10**12}}
-        config = make_progressive(config, tasks=[task], column="atari", evaluation_episodes=0)
     return config
 
 

@@ -15,7 +15,7 @@ import rllib_pnn
 from rllib_pnn import A3CConfig, ProgressiveNetwork, make_progressive
 from rllib_pnn.network import progressive, repeats
 from rllib_pnn.network.incremental import IncrementalLayers, StepMaps
-from rllib_pnn.network.repeats import ChangingMaps, Repeats, find_repeats, lower_layers
+from rllib_pnn.network.repeats import ChangingMaps, StepRepeats, find_repeats, lower_layers
 
 STEPS, ENVS = 9, 3
 pytestmark = pytest.mark.usefixtures("one_thread", "few_positions_pay")
@@ -52,13 +52,13 @@ def assert_close(found: list[Tensor], wanted: list[Tensor]) -> None:
         assert (a - b).norm() <= 5e-3 * b.norm() + 1e-7  # a ReLU at 0 may fall to either side
 
 
-def some_repeats(steps: int = 6, envs: int = 2, height: int = 5, width: int = 4) -> Repeats:
+def some_repeats(steps: int = 6, envs: int = 2, height: int = 5, width: int = 4) -> StepRepeats:
     is_new = np.random.default_rng(0).random((steps, envs, height, width)) < 0.2
     is_new[0] = True
-    return Repeats(np.flatnonzero(is_new), (steps, envs, height, width))
+    return StepRepeats(np.flatnonzero(is_new), (steps, envs, height, width))
 
 
-def rows_one_by_one(found: Repeats) -> np.ndarray:
+def rows_one_by_one(found: StepRepeats) -> np.ndarray:
     """(T, N * H * W): which of the rows stands at each position."""
     steps, width = found.shape[0], int(np.prod(found.shape[1:]))
     index = np.empty((steps, width), int)

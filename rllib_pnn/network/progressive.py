@@ -29,7 +29,7 @@ from rllib_pnn.network.column import (
     layer_shapes,
 )
 from rllib_pnn.network.incremental import IncrementalLayers, KnownLayers, StepMaps
-from rllib_pnn.network.repeats import ChangingMaps, lower_layers
+from rllib_pnn.network.repeats import ChangingMaps, lower_layers, numbered_lower_layers
 from rllib_pnn.network.spec import ColumnSpec
 from rllib_pnn.network.together import Graph, SideBySide, first_layers
 
@@ -231,6 +231,7 @@ class ProgressiveNetwork(nn.Module):
         heads: Collection[str] = HEADS,
         incremental: IncrementalLayers | None = None,
         num_envs: int | None = None,
+        patches: Sequence[Tensor] = (),
     ) -> ColumnOutput:
         """Policy and value of one column.
 
@@ -248,11 +249,14 @@ class ProgressiveNetwork(nn.Module):
                 where that changes no bit. Without effect where gradients are recorded.
             num_envs: obs are time steps of so many environments, time-major: obs[i] follows obs[i - num_envs]. Patches
                 that they repeat are then computed once where gradients are recorded (see repeats.py).
+            patches: their numbers by `number_patches`, of layer 1, 2, ... Those that repeat are computed once.
 
         Returns:
             `ColumnOutput`; the state has the shape that came in, columns above `column` unchanged.
         """
-        return self._evaluate(obs, column, state, sources, resets, transform, heads, incremental, num_envs, False)[0]
+        return self._evaluate(
+            obs, column, state, sources, resets, transform, heads, incremental, num_envs, patches, False
+        )[0]
 
     def forward_with_sources(
         self,
@@ -269,7 +273,7 @@ class ProgressiveNetwork(nn.Module):
         With `incremental` those activations are valid until its next use, and layer 1's are `StepMaps` if it keeps
         changes and the network is not recurrent.
         """
-        return self._evaluate(obs, column, state, None, resets, None, heads, incremental, None, True)
+        return self._evaluate(obs, column, state, None, resets, None, heads, incremental, None, (), True)
 
     def _evaluate(
         self,
@@ -282,6 +286,7 @@ class ProgressiveNetwork(nn.Module):
         heads: Collection[str],
         incremental: IncrementalLayers | None,
         num_envs: int | None,
+        patches: Sequence[Tensor],
         with_sources: bool,
     ) -> tuple[ColumnOutput, dict[int, Any]]:
         k = self._index(column)
@@ -312,6 +317,8 @@ class ProgressiveNetwork(nn.Module):
             lower = known.lower[-1]
             if with_sources and known.sources is not None and 1 in newest.reads:
                 sources[1] = self._first_of_sources(known.sources, incremental, time_shape)
+        elif patches and transform is None:
+            lower = numbered_lower_layers(obs, patches, newest, sources) or lower
         elif num_envs is not None and learns and transform is None:
             lower = lower_layers(obs, num_envs, newest, sources)
         # What no layer to come reads need not be brought into shape.

@@ -1,19 +1,24 @@
-"""The lower layers of a column that learns from a rollout: what frames repeat is computed once, in both directions.
+"""The lower layers of a column that learns: what a batch's frames repeat is computed once, in both directions.
 
-A rollout's observations follow each other, and most of a frame is the frame before (see incremental.py). With index(p)
-the distinct patch that stands at position p of the batch, and X the distinct ones, row by row,
+With index(p) the distinct patch that stands at position p of the batch, and X the distinct ones, row by row,
 
     h_1[p] = H_1[index(p)],    H_1 = g(X W^T + b),    dL/dH_1[u] = sum of dL/dh_1[p] over all p with index(p) = u,
 
-so that layer 1 and its gradient take as many rows as there are distinct patches: in Pong one of six, for 17 steps.
-Layer 2's adapter reads the sources at the same positions. Layer 2 again has distinct patches, of H_1 and of the
-adapter's features, in Pong two of five; above it little is repeated, and maps are spread out for convolutions.
+so that layer 1 and its gradient take as many rows as there are distinct patches. Layer 2's adapter reads the sources
+at the same positions. Layer 2 again has distinct patches, of H_1 and of the adapter's features; above it little is
+repeated, and maps are spread out for convolutions.
+
+Two ways to know index(p). In a rollout observations follow each other, and most of a frame is the frame before
+(`StepRepeats`): in Pong one patch of six is new, for 17 steps, and two of five in layer 2. In a batch of any order
+patches were numbered before, once for all epochs (`NumberedRepeats`, numbering.py): in 256 steps of Pong one patch of
+twenty is distinct, and one of six in layer 2.
 """
 
 from __future__ import annotations
 
+import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,25 +30,65 @@ from torch import Tensor, nn
 from rllib_pnn.network.adapter import Adapter
 from rllib_pnn.network.column import Column, Lower
 from rllib_pnn.network.incremental import StepMaps
-from rllib_pnn.network.patches import any_in_patch, changed_patches, is_supported, patches_at
+from rllib_pnn.network.patches import any_in_patch, changed_patches, is_supported, patches_at, row_starts
 
 # Of all positions; with more of them an ordinary convolution is faster (docs/performance.md).
 MAX_DISTINCT = 0.3  # in layer 1
 MAX_DISTINCT_ABOVE = 0.5
 
 
-class Repeats:
-    """Where the distinct values of maps stand in a batch of T steps of N environments, time-major.
+class Repeats(abc.ABC):
+    """Where the distinct values of a batch's maps stand.
 
     Args:
-        rows: (U,) sorted indices into (T, N, H, W), flattened, where something stands that did not stand there in the
-            step before; all positions of the first step among them.
+        rows: (U,) indices into the shape, flattened: for each distinct value a position at which it stands.
+        shape: (..., H, W), the batch's axes in front; B is their product.
+    """
+
+    def __init__(self, rows: np.ndarray, shape: tuple[int, ...]) -> None:
+        self.rows = rows
+        self.shape = shape
+
+    @property
+    def share(self) -> float:
+        """Of all positions, those that are distinct."""
+        return len(self.rows) / math.prod(self.shape)
+
+    @abc.abstractmethod
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """(U, M) -> (B * H * W, M): what stands at each position."""
+
+    @abc.abstractmethod
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """(B * H * W, M) -> (U, M): sums over all positions at which each stands. The adjoint of `spread`."""
+
+    @abc.abstractmethod
+    def above(self, kernel: int, stride: int) -> tuple[Repeats, np.ndarray] | None:
+        """The repeats of a layer that reads these maps without padding, and what of them it reads.
+
+        Returns:
+            Its repeats, U' rows, and for each of them the rows of this layer in its patch, (U', kernel * kernel); None
+            where it repeats little, or where that is not known.
+        """
+
+    def by_offset(self, stride: int) -> tuple[np.ndarray, list[int]]:
+        """The rows ordered by their pixels' (y, x) modulo the stride, and how many there are of each."""
+        y, x = np.divmod(self.rows % (self.shape[-2] * self.shape[-1]), self.shape[-1])
+        offset = (y % stride * stride + x % stride).astype(np.uint16)
+        return np.argsort(offset, kind="stable"), np.bincount(offset, minlength=stride * stride).tolist()
+
+
+class StepRepeats(Repeats):
+    """Of T steps of N environments, time-major: values stay where they are until others take their place.
+
+    Args:
+        rows: sorted; where something stands that did not stand there in the step before; all positions of the first
+            step among them.
         shape: T, N, H, W.
     """
 
     def __init__(self, rows: np.ndarray, shape: tuple[int, int, int, int]) -> None:
-        self.rows = rows
-        self.shape = shape
+        super().__init__(rows, shape)
         steps, width = shape[0], shape[1] * shape[2] * shape[3]
         ends = np.searchsorted(rows, np.arange(1, steps + 1) * width).tolist()
         # Of every step: which of the rows, and where they stand in it.
@@ -52,22 +97,16 @@ class Repeats:
             for t, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
         ]
 
-    @property
-    def share(self) -> float:
-        """Of all positions, those that are distinct."""
-        return len(self.rows) / math.prod(self.shape)
-
     def spread(self, values: np.ndarray) -> np.ndarray:
-        """(U, M) -> (T, N * H * W, M): what stands at each position."""
         out = np.empty((self.shape[0], math.prod(self.shape[1:]), values.shape[1]), values.dtype)
         for t, (rows, where) in enumerate(self._steps):
             if t:
                 out[t] = out[t - 1]
             out[t, where] = values[rows]
-        return out
+        return out.reshape(-1, values.shape[1])
 
     def gather(self, values: np.ndarray) -> np.ndarray:
-        """(T, N * H * W, M) -> (U, M): sums over all positions at which each stands. The adjoint of `spread`."""
+        values = values.reshape(self.shape[0], -1, values.shape[1])
         out = np.empty((len(self.rows), values.shape[2]), values.dtype)
         later = np.zeros(values.shape[1:], values.dtype)
         for step, (rows, where) in zip(values[::-1], reversed(self._steps), strict=True):
@@ -76,23 +115,14 @@ class Repeats:
             later[where] = 0.0
         return out
 
-    def by_offset(self, stride: int) -> tuple[np.ndarray, list[int]]:
-        """The rows ordered by their pixels' (y, x) modulo the stride, and how many there are of each."""
-        y, x = np.divmod(self.rows % (self.shape[2] * self.shape[3]), self.shape[3])
-        offset = (y % stride * stride + x % stride).astype(np.uint16)
-        return np.argsort(offset, kind="stable"), np.bincount(offset, minlength=stride * stride).tolist()
-
-    def above(self, kernel: int, stride: int) -> tuple[Repeats, np.ndarray]:
-        """The repeats of a layer that reads these maps without padding, and what of them it reads.
-
-        Returns:
-            Its repeats, U' rows, and for each of them the rows of this layer in its patch, (U', kernel * kernel).
-        """
+    def above(self, kernel: int, stride: int) -> tuple[StepRepeats, np.ndarray] | None:
         steps, num_envs, height, width = self.shape
         high, wide = (height - kernel) // stride + 1, (width - kernel) // stride + 1
         is_new = np.zeros(self.shape, bool)
         is_new.reshape(-1)[self.rows] = True
-        upper = Repeats(np.flatnonzero(any_in_patch(is_new, kernel, stride)), (steps, num_envs, high, wide))
+        upper = StepRepeats(np.flatnonzero(any_in_patch(is_new, kernel, stride)), (steps, num_envs, high, wide))
+        if upper.share > MAX_DISTINCT_ABOVE:
+            return None
         positions = np.arange(num_envs * height * width).reshape(self.shape[1:])
         patches = np.lib.stride_tricks.sliding_window_view(positions, (kernel, kernel), (1, 2))[:, ::stride, ::stride]
         patches = patches.reshape(-1, kernel * kernel)
@@ -102,6 +132,46 @@ class Repeats:
             now[where] = np.arange(rows.start, rows.stop)
             read[upper_rows] = now[patches[upper_where]]
         return upper, read
+
+
+class NumberedRepeats(Repeats):
+    """Of B observations in any order, whose patches are numbered.
+
+    Args:
+        numbers: for this layer and some above it, (B, H * W) each, integers from 0 on; where two at one position are
+            equal, the same patch stands there. See numbering.py.
+        size: H, W.
+    """
+
+    def __init__(self, numbers: Sequence[np.ndarray], size: tuple[int, int]) -> None:
+        self._above = numbers[1:]
+        flat = numbers[0].reshape(-1)
+        first = np.full(int(flat.max()) + 1, -1, np.int32)
+        first[flat[::-1]] = np.arange(len(flat) - 1, -1, -1, dtype=np.int32)  # the first one is the last one written
+        used = np.flatnonzero(first >= 0)
+        row = np.empty(len(first), np.int32)
+        row[used] = np.arange(len(used), dtype=np.int32)
+        self.index = row[flat]  # (B * H * W,): the row that stands at each position
+        super().__init__(first[used].astype(np.int64), (len(numbers[0]), *size))
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        return values.take(self.index, axis=0)
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        count = len(self.index)
+        entries = np.ones(count, values.dtype), self.index, np.arange(count + 1, dtype=np.int32)
+        return csc_matrix(entries, (len(self.rows), count)) @ values
+
+    def above(self, kernel: int, stride: int) -> tuple[NumberedRepeats, np.ndarray] | None:
+        batch, height, width = self.shape
+        size = (height - kernel) // stride + 1, (width - kernel) // stride + 1
+        if not self._above or self._above[0].shape != (batch, math.prod(size)):
+            return None
+        upper = NumberedRepeats(self._above, size)
+        image, position = np.divmod(upper.rows, math.prod(size))
+        starts = row_starts((height, width), kernel, stride)[position] + (image * (height * width))[:, None]
+        read = self.index[starts[:, :, None] + np.arange(kernel)]
+        return upper, read.reshape(len(read), -1)
 
 
 class ChangingMaps:
@@ -147,11 +217,11 @@ class ChangingMaps:
             found._steps.append((positions[low:high] - bounds[0], rows[low:high]))
         return found
 
-    def repeats(self) -> Repeats:
+    def repeats(self) -> StepRepeats:
         steps, num_envs, _, height, width = self.shape
         size = num_envs * height * width
         rows = np.concatenate([positions + t * size for t, (positions, _) in enumerate(self._steps)])
-        return Repeats(rows, (steps, num_envs, height, width))
+        return StepRepeats(rows, (steps, num_envs, height, width))
 
     def rows(self) -> Tensor:
         """(U, M): what stands at the rows of `repeats`."""
@@ -165,20 +235,17 @@ class ChangingMaps:
 
 
 class _Spread(torch.autograd.Function):
-    """(U, M) -> (T * N, M, H, W), channels last in memory."""
+    """(U, M) -> (B, M, H, W), channels last in memory."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, repeats: Repeats) -> Tensor:
         ctx.repeats = repeats
-        steps, num_envs, height, width = repeats.shape
         flat = torch.from_numpy(repeats.spread(values.numpy()))
-        return flat.view(steps * num_envs, height, width, -1).permute(0, 3, 1, 2)
+        return flat.view(-1, *repeats.shape[-2:], values.shape[1]).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0].permute(0, 2, 3, 1).contiguous()
-        steps, num_envs, height, width = ctx.repeats.shape
-        flat = gradient.view(steps, num_envs * height * width, -1)
+        flat = gradients[0].permute(0, 2, 3, 1).contiguous().flatten(0, 2)
         return torch.from_numpy(ctx.repeats.gather(flat.numpy())), None
 
 
@@ -235,7 +302,7 @@ def _transposed(gradient: Tensor, weight: Tensor, read: np.ndarray, stride: int,
     return torch.from_numpy(products.numpy().take(place, axis=0))
 
 
-def find_repeats(obs: Tensor, num_envs: int, layer: nn.Module) -> Repeats | None:
+def find_repeats(obs: Tensor, num_envs: int, layer: nn.Module) -> StepRepeats | None:
     """The repeats of a rollout for this layer 1, or None where there are few, or the ordinary way is the only one.
 
     Args:
@@ -250,14 +317,14 @@ def find_repeats(obs: Tensor, num_envs: int, layer: nn.Module) -> Repeats | None
     changed = changed_patches(pixels[num_envs:], pixels[:-num_envs], kernel, stride)
     high, wide = ((n - kernel) // stride + 1 for n in obs.shape[2:])
     first = np.arange(num_envs * high * wide)
-    repeats = Repeats(np.concatenate([first, len(first) + changed]), (steps, num_envs, high, wide))
+    repeats = StepRepeats(np.concatenate([first, len(first) + changed]), (steps, num_envs, high, wide))
     return repeats if repeats.share <= MAX_DISTINCT else None
 
 
 def lower_layers(
     obs: Tensor, num_envs: int, column: Column, sources: Mapping[int, Tensor | ChangingMaps]
 ) -> Lower | None:
-    """The lower layers of a column that learns, as far up as patches repeat, with gradients for their parameters.
+    """The lower layers of a column that learns from a rollout, as far up as patches repeat, with gradients.
 
     Args:
         obs: (T * N, C, H, W) bytes, time-major.
@@ -276,6 +343,34 @@ def lower_layers(
         recorded, repeats = None, find_repeats(obs, num_envs, layer)
     if repeats is None:
         return None
+    return _lower_layers(obs, repeats, column, sources, recorded)
+
+
+def numbered_lower_layers(
+    obs: Tensor, numbers: Sequence[Tensor], column: Column, sources: Mapping[int, Tensor]
+) -> Lower | None:
+    """The lower layers of a column, as far up as patches are numbered, with gradients for their parameters.
+
+    Args:
+        obs: (B, C, H, W) bytes.
+        numbers: of layer 1, 2, ..., (B, H_i * W_i) integers (see numbering.py).
+        sources: h_i^{<k} of the layers that laterals read, (B, sum of source widths, ...).
+
+    Returns:
+        None where layer 1 is not supported.
+    """
+    layer = column.layers[0]
+    if not isinstance(layer, nn.Conv2d) or not is_supported(obs, layer):
+        return None
+    size = tuple((n - layer.kernel_size[0]) // layer.stride[0] + 1 for n in obs.shape[2:])
+    return _lower_layers(obs, NumberedRepeats([n.numpy() for n in numbers], size), column, sources, None)
+
+
+def _lower_layers(
+    obs: Tensor, repeats: Repeats, column: Column, sources: Mapping[int, Any], recorded: ChangingMaps | None
+) -> Lower:
+    """`recorded`: layer 1 of the sources at the repeats' rows."""
+    layer = column.layers[0]
     assert isinstance(layer, nn.Conv2d)
     weight, bias = column.first_affine()
     patches = patches_at(obs.numpy(), repeats.rows, layer.kernel_size[0], layer.stride[0])
@@ -285,7 +380,7 @@ def lower_layers(
         lateral, above = _lateral(column, number + 1), _convolution(column, number + 1)
         features = None  # what the lateral of the layer above convolves, (U, M), maybe before its ReLU
         if lateral is not None:
-            if number == 1 and isinstance(recorded, ChangingMaps):
+            if number == 1 and recorded is not None:
                 features = recorded.rows()
             else:
                 features = _rows(sources[number], repeats)
@@ -299,13 +394,13 @@ def lower_layers(
             values = torch.cat([values, features], 1)
             kernel = torch.cat([kernel, lateral.out.weight], 1)
         values = _rectified(values)
-        upper, read = repeats.above(above.kernel_size[0], above.stride[0])
+        found = repeats.above(above.kernel_size[0], above.stride[0])
         number += 1
-        if upper.share > MAX_DISTINCT_ABOVE:
+        if found is None:
             maps = _Spread.apply(values, repeats)
             return Lower(number, F.conv2d(maps, kernel, above.bias, above.stride).relu_())
-        stride = above.stride[0]
-        values = _Convolution.apply(values, kernel, above.bias, read, stride, repeats)
+        upper, read = found
+        values = _Convolution.apply(values, kernel, above.bias, read, above.stride[0], repeats)
         repeats = upper
     projected = None
     if features is not None and isinstance(lateral, Adapter):
@@ -336,8 +431,9 @@ def _rectified(values: Tensor) -> Tensor:
 
 
 def _rows(sources: Tensor | ChangingMaps, repeats: Repeats) -> Tensor:
-    """(T, N, M, H, W) at the distinct positions, (U, M)."""
+    """(T, N, M, H, W) or (B, M, H, W) at the distinct positions, (U, M)."""
     if isinstance(sources, ChangingMaps):
         sources = sources.whole()
-    image, position = np.divmod(repeats.rows, sources[0, 0, 0].numel())
-    return torch.from_numpy(sources.flatten(3).numpy()[*np.divmod(image, sources.shape[1]), :, position])
+    image, position = np.divmod(repeats.rows, math.prod(sources.shape[-2:]))
+    images = np.unravel_index(image, sources.shape[:-3])
+    return torch.from_numpy(sources.flatten(-2).numpy()[*images, :, position])

@@ -50,12 +50,16 @@ from ray.rllib.utils.typing import EpisodeType
 from torch import Tensor
 
 from rllib_pnn.network.memory import lean_memory
+from rllib_pnn.network.numbering import distinct_share
+from rllib_pnn.network.repeats import MAX_DISTINCT, MAX_DISTINCT_ABOVE
 from rllib_pnn.training.recorded_features import recorded_features
+from rllib_pnn.training.rl_module import PATCHES
 from rllib_pnn.training.shared_memory import RecordingReader
 
 logger = logging.getLogger(__name__)
 
 ROWS_PER_CHUNK = 256  # of a train batch, in forward passes without gradients
+_MAX_WAIT = 256  # batches between two looks whether frames repeat enough
 SAMPLER_PAUSE_S = 0.01  # short beside a rollout, which takes tenths of a second or more on image tasks
 _ROWS_OF_EPISODES = "rows_of_episodes"  # key of `shared_data`; set if the batch was made of arrays
 
@@ -245,17 +249,57 @@ class AddFrozenFeatures(ConnectorV2):
         return found
 
 
+class NumberPatches(ConnectorV2):
+    """Learner connector: which patches of the observations repeat each other, looked up once for all epochs.
+
+    Asks the module's `patch_numbers(batch)`, whose columns its forward passes use (see `ProgressiveRLModule`); a no-op
+    for modules without it. Where a minibatch would hold too many distinct patches nothing is added, and it is tried
+    again after a while.
+
+    Args:
+        minibatch_size: rows of a minibatch.
+    """
+
+    def __init__(self, *args: Any, minibatch_size: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._minibatch_size = minibatch_size
+        self._skip = self._wait = 0
+
+    @override(ConnectorV2)
+    def __call__(self, *, rl_module: MultiRLModule, batch: dict[str, Any], **kwargs: Any) -> Any:
+        module_batch = batch.get(DEFAULT_MODULE_ID)
+        if module_batch is None or not isinstance(module_batch.get(Columns.OBS), Tensor):
+            return batch
+        function = getattr(rl_module[DEFAULT_MODULE_ID].unwrapped(), "patch_numbers", None)
+        if function is None:
+            return batch
+        if self._skip:
+            self._skip -= 1
+            return batch
+        for number, (key, numbers) in enumerate(function(module_batch).items()):
+            limit = MAX_DISTINCT_ABOVE if number else MAX_DISTINCT
+            if distinct_share(numbers, self._minibatch_size) > limit:
+                if number == 0:
+                    self._skip = self._wait = min(2 * self._wait + 1, _MAX_WAIT)
+                break
+            self._wait = 0
+            module_batch[key] = numbers
+        return batch
+
+
 class LayOutObservations(ConnectorV2):
     """Learner connector: observations in the memory layout that the module trains fastest on, once for all epochs.
 
-    Asks the module's `training_layout(obs) -> obs`, which changes no value; a no-op for modules without it.
+    Asks the module's `training_layout(obs) -> obs`, which changes no value; a no-op for modules without it, and where
+    patches are numbered, which are read from the default layout.
     """
 
     @override(ConnectorV2)
     def __call__(self, *, rl_module: MultiRLModule, batch: dict[str, Any], **kwargs: Any) -> Any:
         for module_id, module_batch in batch.items():
             function = getattr(rl_module[module_id].unwrapped(), "training_layout", None)
-            if function is not None and isinstance(module_batch.get(Columns.OBS), Tensor):
+            is_read_by_patches = any(key.startswith(PATCHES) for key in module_batch)
+            if function is not None and isinstance(module_batch.get(Columns.OBS), Tensor) and not is_read_by_patches:
                 module_batch[Columns.OBS] = function(module_batch[Columns.OBS])
         return batch
 
@@ -376,6 +420,8 @@ class ArrayLearnerMixin(Learner):
             return
         self._learner_connector.append(NumpyToTensor(as_learner_connector=True, device=self._device))
         if self._uses_rows_repeatedly:
+            size = self.config.minibatch_size or self.config.train_batch_size_per_learner
+            self._learner_connector.append(NumberPatches(minibatch_size=size))
             self._learner_connector.append(AddFrozenFeatures())
         if isinstance(self.config, PPOConfig):
             self._learner_connector.append(

@@ -29,12 +29,14 @@ from torch import Tensor, nn
 
 from rllib_pnn.network.column import HEADS, Column, ColumnLayout, ColumnOutput
 from rllib_pnn.network.incremental import IncrementalLayers
+from rllib_pnn.network.numbering import number_patches
 from rllib_pnn.network.progressive import ProgressiveNetwork, interleaved
 from rllib_pnn.network.spec import ColumnSpec
 
 ARCHITECTURES = ("progressive", "scratch", "finetune_heads", "finetune_all", "random_column")
 MODEL_CONFIG_KEY = "progressive"  # under which all of this package's settings stand in RLlib's model_config
 SOURCES = "sources/"  # prefix of batch columns that hold activations of frozen columns
+PATCHES = "patches/"  # prefix of batch columns that number the patches which layers read
 # In a batch: its rows are time steps of so many environments, time-major; `SOURCES` are then (T, N, ...).
 NUM_ENVS = "num_envs"
 _STATE_KEYS = ("h", "c")
@@ -157,6 +159,7 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
     def _columns_changed(self) -> None:
         newest: Column = self.network.columns[-1]
         self._source_keys = {n: f"{SOURCES}{n}" for n in newest.reads} if newest.num_sources else {}
+        self._patch_keys = [f"{PATCHES}{n}" for n in range(1, len(newest.layers) + 1)]
         self._frozen_width = sum(c.state_width for c in self.network.columns[:-1])
         self._is_stateful = None
 
@@ -212,6 +215,23 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         parts = [column.fingerprint or "" for column in self.network.columns[:-1]]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest() if all(parts) else ""
 
+    def patch_numbers(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Numbers for the patches that the newest column's layers read, as further batch columns.
+
+        Forward passes that find them in their batch compute once what it repeats (see numbering.py and repeats.py).
+
+        Args:
+            batch: `Columns.OBS` (B, C, H, W), bytes.
+
+        Returns:
+            `{"patches/<layer>": (B, positions)}`, int32, from layer 1 up; {} where none can be numbered.
+        """
+        obs = batch[Columns.OBS]
+        if obs.dim() != 4 or self.network.channels_last_input or self._replaces("_evaluate", *_LEARNING):
+            return {}
+        numbers = number_patches(obs, [*self.network.columns[-1].layers])
+        return {f"{PATCHES}{n}": tensor for n, tensor in enumerate(numbers, start=1)}
+
     def training_layout(self, obs: Tensor) -> Tensor:
         """The same observations (B, C, H, W) laid out in memory as large batches are computed: channels last.
 
@@ -239,6 +259,7 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
             heads=heads,
             incremental=incremental,
             num_envs=batch.get(NUM_ENVS),
+            patches=[batch[key] for key in self._patch_keys if key in batch],
         )
         if output.state and sources is not None and SOURCES + "h" in batch:
             width = self._frozen_width
