@@ -75,18 +75,21 @@ def test_spread_and_gather_one_by_one() -> None:
     index = rows_one_by_one(found)
     rng = np.random.default_rng(1)
     values = rng.normal(size=(len(found.rows), 3))
-    assert np.array_equal(found.spread(values), values[index])
+    assert np.array_equal(found.spread(values), values[index].reshape(-1, 3))
     gradients = rng.normal(size=(*index.shape, 3))
     sums = np.zeros_like(values)
     np.add.at(sums, index, gradients)
-    np.testing.assert_allclose(found.gather(gradients), sums)
+    np.testing.assert_allclose(found.gather(gradients.reshape(-1, 3)), sums)
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (2, 2), (4, 3)])
-def test_the_layer_above_one_by_one(kernel: int, stride: int) -> None:
+def test_the_layer_above_one_by_one(monkeypatch: pytest.MonkeyPatch, kernel: int, stride: int) -> None:
+    monkeypatch.setattr(repeats, "MAX_DISTINCT_ABOVE", 1.0)
     found = some_repeats(height=8, width=7)
     steps, envs, height, width = found.shape
-    upper, read = found.above(kernel, stride)
+    above = found.above(kernel, stride)
+    assert above is not None
+    upper, read = above
     index = rows_one_by_one(found).reshape(found.shape)
     high, wide = (height - kernel) // stride + 1, (width - kernel) // stride + 1
     assert upper.shape == (steps, envs, high, wide)
@@ -104,14 +107,17 @@ def test_the_layer_above_one_by_one(kernel: int, stride: int) -> None:
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (4, 2), (3, 2), (2, 3)])
-def test_a_convolution_of_rows_in_both_directions(kernel: int, stride: int) -> None:
+def test_a_convolution_of_rows_in_both_directions(monkeypatch: pytest.MonkeyPatch, kernel: int, stride: int) -> None:
+    monkeypatch.setattr(repeats, "MAX_DISTINCT_ABOVE", 1.0)
     found = some_repeats(height=8, width=7)
     generator = torch.Generator().manual_seed(0)
     operands = [
         torch.randn(shape, generator=generator, requires_grad=True)
         for shape in ((len(found.rows), 3), (5, 3, kernel, kernel), (5,))
     ]
-    upper, read = found.above(kernel, stride)
+    above = found.above(kernel, stride)
+    assert above is not None
+    upper, read = above
     wanted = F.conv2d(repeats._Spread.apply(operands[0], found), *operands[1:], stride=stride)
     rows = repeats._Convolution.apply(*operands, read, stride, found)
     result = repeats._Spread.apply(rows.contiguous(), upper)

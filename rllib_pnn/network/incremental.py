@@ -195,7 +195,7 @@ class IncrementalLayers:
             self._skip -= 1
             return None
         total = len(obs) * math.prod(columns[0].shapes[1][1:])  # positions
-        layer = _common_convolution(columns, 1) if pays(0, total, len(columns)) else None
+        layer = common_convolution(columns, 1) if pays(0, total, len(columns)) else None
         if layer is None or not is_supported(obs, layer):
             self._seen = None
             return None
@@ -421,7 +421,7 @@ def _staircase(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat([F.pad(weight, (0, width - weight.shape[1])) for weight in weights])
 
 
-def _common_convolution(columns: Sequence[Column], number: int) -> nn.Conv2d | None:
+def common_convolution(columns: Sequence[Column], number: int) -> nn.Conv2d | None:
     """The first column's layer of this number if all columns' are of its shape, but for the number of maps."""
     layers = [column.layers[number - 1] if len(column.layers) >= number else None for column in columns]
     first = layers[0]
@@ -436,7 +436,7 @@ def _common_convolution(columns: Sequence[Column], number: int) -> nn.Conv2d | N
 
 def _reading_of_layer_2(columns: Sequence[Column]) -> _Read | None:
     """Kernel and stride of layer 2, if in all columns it reads nothing but maps of their own and an adapter's."""
-    layer = _common_convolution(columns, 2)
+    layer = common_convolution(columns, 2)
     if layer is None or layer.padding not in (0, (0, 0)):
         return None
     if any(column.lateral("2") is not column.map_adapter for column in columns):

@@ -1,18 +1,17 @@
 """Numbers for the patches that convolutions read: at one position of a batch, equal numbers stand for equal patches.
 
 Frames of a game repeat each other, those that follow each other (incremental.py) and those of other environments and
-times too: of 400 patches of layer 1 in 1,024 observations of Pong 4 % are distinct. Numbered once, a batch can be cut and
-shuffled as it likes, and its patches are still known (`NumberedRepeats` in repeats.py).
+times too: in 1,024 observations of Pong 4 % of the patches of layer 1 are distinct. Numbered once, a batch can be cut
+and shuffled as it likes, and its patches are still known (`NumberedRepeats` in repeats.py).
 
-A patch is told by a hash of 64 bits, of layer 1 from its pixels, of layer i from the hashes of the patches of layer i - 1
-that it reads:
+A patch is told by a hash of 64 bits, of layer 1 from its pixels, of layer i from the hashes of the patches of layer
+i - 1 that it reads:
 
     H_1(p) = sum_b c_b mix(sum_w a_w w),    H_i(p) = sum_r c_r mix(H_{i-1}(r)),
 
-w the words of a block of pixels as wide as the stride, b the blocks of a patch, a and c odd constants, mix a bijection of
-64 bits, all modulo 2^64. Two words that differ in their highest byte alone agree in the product's low bits, so that two
-patches get one number with a probability between 2^-64 and 2^-33 where they stand at the same position; 10,000 distinct
-ones are 100,000 such pairs or so.
+w the words of a block of pixels as wide as the stride, b the blocks of a patch, a and c odd constants, mix a bijection
+of 64 bits, all modulo 2^64. So two patches that stand at the same position get one number with a probability of about
+2^-64, and of 2^-33 at most: words that differ in their highest byte alone agree in the low bits of their products.
 """
 
 from __future__ import annotations
@@ -78,9 +77,7 @@ def _hashes(obs: Tensor, layers: Sequence[nn.Conv2d]) -> list[Tensor]:
     return found
 
 
-def _combined(
-    below: Tensor, kernel: int | tuple[int, ...], stride: int | tuple[int, ...], number: int
-) -> Tensor:
+def _combined(below: Tensor, kernel: int | tuple[int, ...], stride: int | tuple[int, ...], number: int) -> Tensor:
     """Hashes (B, H, W) -> those of the patches that a convolution of these maps reads."""
     (tall, long), (down, along) = (n if isinstance(n, tuple) else (n, n) for n in (kernel, stride))
     high, wide = (below.shape[1] - tall) // down + 1, (below.shape[2] - long) // along + 1

@@ -29,7 +29,7 @@ from rllib_pnn.network.column import (
     layer_shapes,
 )
 from rllib_pnn.network.incremental import IncrementalLayers, KnownLayers, StepMaps
-from rllib_pnn.network.repeats import ChangingMaps, lower_layers, numbered_lower_layers
+from rllib_pnn.network.repeats import ChangingMaps, lower_layers, numbered_lower_layers, reads_same_patches
 from rllib_pnn.network.spec import ColumnSpec
 from rllib_pnn.network.together import Graph, SideBySide, first_layers
 
@@ -249,7 +249,8 @@ class ProgressiveNetwork(nn.Module):
                 where that changes no bit. Without effect where gradients are recorded.
             num_envs: obs are time steps of so many environments, time-major: obs[i] follows obs[i - num_envs]. Patches
                 that they repeat are then computed once where gradients are recorded (see repeats.py).
-            patches: their numbers by `number_patches`, of layer 1, 2, ... Those that repeat are computed once.
+            patches: their numbers by `number_patches`, of layer 1, 2, ... Those that repeat are computed once, the
+                sources' layer 1 too, which `sources` need not hold where `reads_same_patches(column)`.
 
         Returns:
             `ColumnOutput`; the state has the shape that came in, columns above `column` unchanged.
@@ -306,7 +307,8 @@ class ProgressiveNetwork(nn.Module):
         lower: Lower | None = None
         sources: dict[int, Any]
         if given is not None:
-            sources = self._check_sources(given, k, steps)
+            unread = {1} if patches and transform is None and self.reads_same_patches(k) else set()
+            sources = self._check_sources(given, k, steps, unread)
         else:
             found, first, pixels = self._compute_sources(
                 obs, k, states, new_states, time_shape, resets, transform, known, with_first=not learns
@@ -318,7 +320,7 @@ class ProgressiveNetwork(nn.Module):
             if with_sources and known.sources is not None and 1 in newest.reads:
                 sources[1] = self._first_of_sources(known.sources, incremental, time_shape)
         elif patches and transform is None:
-            lower = numbered_lower_layers(obs, patches, newest, sources) or lower
+            lower = numbered_lower_layers(obs, patches, newest, sources, self._sources_of(newest)) or lower
         elif num_envs is not None and learns and transform is None:
             lower = lower_layers(obs, num_envs, newest, sources)
         # What no layer to come reads need not be brought into shape.
@@ -507,10 +509,19 @@ class ProgressiveNetwork(nn.Module):
         reads = read.intersection(self.columns[k].reads)
         return kept.before(len(columns), reads), first, None if known is not None else h
 
-    def _check_sources(self, sources: Mapping[int, Any], k: int, leading: tuple[int, ...]) -> dict[int, Any]:
-        """Those of the sources that a caller kept that column k reads, (*leading, ...) each."""
+    def reads_same_patches(self, column: int = -1) -> bool:
+        """Whether layer 1 of a column and of all that it reads takes the same patches of an image."""
+        newest = self.columns[self._index(column)]
+        return reads_same_patches([*self._sources_of(newest), newest])
+
+    def _check_sources(
+        self, sources: Mapping[int, Any], k: int, leading: tuple[int, ...], unread: Collection[int]
+    ) -> dict[int, Any]:
+        """Those of the sources that a caller kept that column k reads, (*leading, ...) each; not the `unread` ones."""
         checked = {}
         for number in self.columns[k].reads:
+            if number in unread:
+                continue
             if number not in sources:
                 raise ValueError(f"sources: layer {number} is missing; column {k} reads layers {self.columns[k].reads}")
             found, expected = tuple(sources[number].shape), (*leading, *self._source_shape(k, number))

@@ -29,12 +29,15 @@ from torch import Tensor, nn
 
 from rllib_pnn.network.adapter import Adapter
 from rllib_pnn.network.column import Column, Lower
-from rllib_pnn.network.incremental import StepMaps
+from rllib_pnn.network.incremental import StepMaps, common_convolution
 from rllib_pnn.network.patches import any_in_patch, changed_patches, is_supported, patches_at, row_starts
 
 # Of all positions; with more of them an ordinary convolution is faster (docs/performance.md).
 MAX_DISTINCT = 0.3  # in layer 1
 MAX_DISTINCT_ABOVE = 0.5
+# The same for batches with numbered patches, whose learner has more threads, which convolutions use better.
+MAX_DISTINCT_NUMBERED = 0.15
+MAX_DISTINCT_NUMBERED_ABOVE = 0.4
 
 
 class Repeats(abc.ABC):
@@ -343,18 +346,25 @@ def lower_layers(
         recorded, repeats = None, find_repeats(obs, num_envs, layer)
     if repeats is None:
         return None
-    return _lower_layers(obs, repeats, column, sources, recorded)
+    patches = _patches(obs, repeats, layer)
+    return _lower_layers(patches, repeats, column, sources, None if recorded is None else recorded.rows())
 
 
 def numbered_lower_layers(
-    obs: Tensor, numbers: Sequence[Tensor], column: Column, sources: Mapping[int, Tensor]
+    obs: Tensor,
+    numbers: Sequence[Tensor],
+    column: Column,
+    sources: Mapping[int, Tensor],
+    source_columns: Sequence[Column],
 ) -> Lower | None:
     """The lower layers of a column, as far up as patches are numbered, with gradients for their parameters.
 
     Args:
         obs: (B, C, H, W) bytes.
         numbers: of layer 1, 2, ..., (B, H_i * W_i) integers (see numbering.py).
-        sources: h_i^{<k} of the layers that laterals read, (B, sum of source widths, ...).
+        sources: h_i^{<k} of the layers that laterals read, (B, sum of source widths, ...). Layer 1's is computed from
+            the patches if it is missing; `reads_same_patches` says where that is possible.
+        source_columns: the columns that they are of.
 
     Returns:
         None where layer 1 is not supported.
@@ -363,27 +373,38 @@ def numbered_lower_layers(
     if not isinstance(layer, nn.Conv2d) or not is_supported(obs, layer):
         return None
     size = tuple((n - layer.kernel_size[0]) // layer.stride[0] + 1 for n in obs.shape[2:])
-    return _lower_layers(obs, NumberedRepeats([n.numpy() for n in numbers], size), column, sources, None)
+    repeats = NumberedRepeats([n.numpy() for n in numbers], size)
+    patches = _patches(obs, repeats, layer)
+    first: Tensor | None = None
+    if 1 in column.reads and 1 not in sources:
+        with torch.no_grad():
+            weights, biases = zip(*(source.first_affine() for source in source_columns), strict=True)
+            first = _product(patches, torch.cat(weights).flatten(1), torch.cat(biases)).relu_()
+    return _lower_layers(patches, repeats, column, sources, first)
+
+
+def reads_same_patches(columns: Sequence[Column]) -> bool:
+    """Whether layer 1 of all columns reads an image alike, so that patches which repeat for one repeat for all."""
+    return common_convolution(columns, 1) is not None
+
+
+def _patches(obs: Tensor, repeats: Repeats, layer: nn.Conv2d) -> Tensor:
+    """(U, C * k * k): the distinct patches."""
+    return patches_at(obs.numpy(), repeats.rows, layer.kernel_size[0], layer.stride[0]).flatten(1)
 
 
 def _lower_layers(
-    obs: Tensor, repeats: Repeats, column: Column, sources: Mapping[int, Any], recorded: ChangingMaps | None
+    patches: Tensor, repeats: Repeats, column: Column, sources: Mapping[int, Any], first: Tensor | None
 ) -> Lower:
-    """`recorded`: layer 1 of the sources at the repeats' rows."""
-    layer = column.layers[0]
-    assert isinstance(layer, nn.Conv2d)
+    """`first`: layer 1 of the sources at the repeats' rows, if it is known; else it is looked up in `sources`."""
     weight, bias = column.first_affine()
-    patches = patches_at(obs.numpy(), repeats.rows, layer.kernel_size[0], layer.stride[0])
-    values = _product(patches.flatten(1), weight.flatten(1), bias)  # h_n before its ReLU, (U, M)
+    values = _product(patches, weight.flatten(1), bias)  # h_n before its ReLU, (U, M)
     number = 1
     while True:
         lateral, above = _lateral(column, number + 1), _convolution(column, number + 1)
         features = None  # what the lateral of the layer above convolves, (U, M), maybe before its ReLU
         if lateral is not None:
-            if number == 1 and recorded is not None:
-                features = recorded.rows()
-            else:
-                features = _rows(sources[number], repeats)
+            features = first if number == 1 and first is not None else _rows(sources[number], repeats)
             if isinstance(lateral, Adapter):
                 features = _product(features, *lateral.map_affine())
         if above is None:

@@ -51,7 +51,7 @@ from torch import Tensor
 
 from rllib_pnn.network.memory import lean_memory
 from rllib_pnn.network.numbering import distinct_share
-from rllib_pnn.network.repeats import MAX_DISTINCT, MAX_DISTINCT_ABOVE
+from rllib_pnn.network.repeats import MAX_DISTINCT_NUMBERED, MAX_DISTINCT_NUMBERED_ABOVE
 from rllib_pnn.training.recorded_features import recorded_features
 from rllib_pnn.training.rl_module import PATCHES
 from rllib_pnn.training.shared_memory import RecordingReader
@@ -239,13 +239,15 @@ class AddFrozenFeatures(ConnectorV2):
     def _found_or_computed(
         self, module: RLModule, batch: Mapping[str, Any], episodes: Any, rows: np.ndarray, columns: str
     ) -> dict[str, Tensor]:
-        found, is_missing = recorded_features(episodes, rows, columns, self._reader)
+        keys = module.unwrapped().feature_keys(batch)
+        found, is_missing = recorded_features(episodes, rows, columns, self._reader, keys)
         if not found:
             return frozen_features(module, batch)
         if is_missing.any():
             missing = torch.from_numpy(np.flatnonzero(is_missing))
             for key, computed in frozen_features(module, {Columns.OBS: batch[Columns.OBS][missing]}).items():
-                found[key][missing] = computed
+                if key in keys:
+                    found[key][missing] = computed
         return found
 
 
@@ -257,10 +259,10 @@ class NumberPatches(ConnectorV2):
     again after a while.
 
     Args:
-        minibatch_size: rows of a minibatch.
+        minibatch_size: rows of a minibatch; None: all.
     """
 
-    def __init__(self, *args: Any, minibatch_size: int, **kwargs: Any):
+    def __init__(self, *args: Any, minibatch_size: int | None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._minibatch_size = minibatch_size
         self._skip = self._wait = 0
@@ -277,8 +279,8 @@ class NumberPatches(ConnectorV2):
             self._skip -= 1
             return batch
         for number, (key, numbers) in enumerate(function(module_batch).items()):
-            limit = MAX_DISTINCT_ABOVE if number else MAX_DISTINCT
-            if distinct_share(numbers, self._minibatch_size) > limit:
+            limit = MAX_DISTINCT_NUMBERED_ABOVE if number else MAX_DISTINCT_NUMBERED
+            if distinct_share(numbers, self._minibatch_size or len(numbers)) > limit:
                 if number == 0:
                     self._skip = self._wait = min(2 * self._wait + 1, _MAX_WAIT)
                 break
@@ -298,10 +300,15 @@ class LayOutObservations(ConnectorV2):
     def __call__(self, *, rl_module: MultiRLModule, batch: dict[str, Any], **kwargs: Any) -> Any:
         for module_id, module_batch in batch.items():
             function = getattr(rl_module[module_id].unwrapped(), "training_layout", None)
-            is_read_by_patches = any(key.startswith(PATCHES) for key in module_batch)
-            if function is not None and isinstance(module_batch.get(Columns.OBS), Tensor) and not is_read_by_patches:
+            is_image = isinstance(module_batch.get(Columns.OBS), Tensor)
+            if function is not None and is_image and not has_numbered_patches(module_batch):
                 module_batch[Columns.OBS] = function(module_batch[Columns.OBS])
         return batch
+
+
+def has_numbered_patches(batch: Mapping[str, Any]) -> bool:
+    """Whether `NumberPatches` added something."""
+    return any(key.startswith(PATCHES) for key in batch)
 
 
 def frozen_features(module: RLModule, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -309,7 +316,7 @@ def frozen_features(module: RLModule, batch: Mapping[str, Any]) -> dict[str, Ten
     function = getattr(module.unwrapped(), "frozen_features", None)
     if function is None:
         return {}
-    keys = [k for k in (Columns.OBS, Columns.STATE_IN, Columns.SEQ_LENS) if k in batch]
+    keys = [k for k in batch if k in (Columns.OBS, Columns.STATE_IN, Columns.SEQ_LENS) or k.startswith(PATCHES)]
     return _in_chunks(function, {k: batch[k] for k in keys})
 
 
@@ -335,7 +342,10 @@ class ArrayGeneralAdvantageEstimation(GeneralAdvantageEstimation):
         module, module_batch = rl_module[DEFAULT_MODULE_ID].unwrapped(), batch[DEFAULT_MODULE_ID]
         if not isinstance(module, ValueFunctionAPI):
             return batch
-        values = _in_chunks(lambda chunk: {"values": module.compute_values(chunk)}, module_batch)["values"]
+        # The more rows, the more of their patches repeat.
+        rows_per_chunk = 4 * ROWS_PER_CHUNK if has_numbered_patches(module_batch) else ROWS_PER_CHUNK
+        function = lambda chunk: {"values": module.compute_values(chunk)}  # noqa: E731
+        values = _in_chunks(function, module_batch, rows_per_chunk)["values"]
         targets, advantages = generalized_advantages(
             convert_to_numpy(values),
             convert_to_numpy(module_batch[Columns.REWARDS]),
@@ -390,14 +400,16 @@ def generalized_advantages(
 
 
 def _in_chunks(
-    function: Callable[[dict[str, Any]], Mapping[str, Tensor]], batch: Mapping[str, Any]
+    function: Callable[[dict[str, Any]], Mapping[str, Tensor]],
+    batch: Mapping[str, Any],
+    rows_per_chunk: int = ROWS_PER_CHUNK,
 ) -> dict[str, Tensor]:
     """`function` of a batch, some rows at a time: what it works with stays small, and in the processor's caches."""
     num_rows = len(tree.flatten(batch[Columns.OBS])[0])
     results: dict[str, Tensor] = {}
     with torch.no_grad():
-        for start in range(0, num_rows, ROWS_PER_CHUNK):
-            rows = slice(start, start + ROWS_PER_CHUNK)
+        for start in range(0, num_rows, rows_per_chunk):
+            rows = slice(start, start + rows_per_chunk)
             part = function({k: tree.map_structure(lambda a, r=rows: a[r], v) for k, v in batch.items()})
             for key, value in part.items():
                 if key not in results:
@@ -419,9 +431,8 @@ class ArrayLearnerMixin(Learner):
         if not isinstance(self.config._learner_connector, _ArrayConnectors) or self._learner_connector is None:
             return
         self._learner_connector.append(NumpyToTensor(as_learner_connector=True, device=self._device))
+        self._learner_connector.append(NumberPatches(minibatch_size=self.config.minibatch_size))
         if self._uses_rows_repeatedly:
-            size = self.config.minibatch_size or self.config.train_batch_size_per_learner
-            self._learner_connector.append(NumberPatches(minibatch_size=size))
             self._learner_connector.append(AddFrozenFeatures())
         if isinstance(self.config, PPOConfig):
             self._learner_connector.append(

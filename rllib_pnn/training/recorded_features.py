@@ -8,7 +8,7 @@ what the next rollout has overwritten, it computes itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,11 @@ class FeatureRecorder:
 
 
 def recorded_features(
-    episodes: Sequence[SingleAgentEpisode], rows: np.ndarray, columns: str, reader: RecordingReader
+    episodes: Sequence[SingleAgentEpisode],
+    rows: np.ndarray,
+    columns: str,
+    reader: RecordingReader,
+    keys: Collection[str] | None = None,
 ) -> tuple[dict[str, Tensor], np.ndarray]:
     """The Learner's side: what is found written down for a train batch.
 
@@ -94,6 +98,7 @@ def recorded_features(
         episodes: whose steps, each with the observation after the last one, are the batch's rows.
         rows: rows of each episode; their sum is R.
         columns: fingerprint of the Learner's frozen columns. Records of others are not used.
+        keys: names of the features wanted; None: of all.
 
     Returns:
         Features (R, ...) by name, {} if nothing was found, and (R,) bool: the rows that are not filled in.
@@ -107,6 +112,8 @@ def recorded_features(
         if not isinstance(record, EpisodeRecord) or record.columns != columns:
             continue
         arrays = reader.arrays(record.recording)
+        if arrays is not None and keys is not None:
+            arrays = {key: array for key, array in arrays.items() if key in keys}
         first = record.first + episode.t_started - record.t_started
         count = min(count, record.end - first)
         if arrays is None or first < record.first or count <= 0 or not _agree(arrays, features):

@@ -160,6 +160,7 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         newest: Column = self.network.columns[-1]
         self._source_keys = {n: f"{SOURCES}{n}" for n in newest.reads} if newest.num_sources else {}
         self._patch_keys = [f"{PATCHES}{n}" for n in range(1, len(newest.layers) + 1)]
+        self._reads_same_patches = self.network.reads_same_patches()
         self._frozen_width = sum(c.state_width for c in self.network.columns[:-1])
         self._is_stateful = None
 
@@ -203,8 +204,17 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         sources, state = self.network.sources(
             batch[Columns.OBS], state=batch.get(Columns.STATE_IN), incremental=self._incremental
         )
-        features = {self._source_keys[n]: tensor for n, tensor in sources.items()}
+        keys = self.feature_keys(batch)
+        features = {self._source_keys[n]: tensor for n, tensor in sources.items() if self._source_keys[n] in keys}
         return features | {SOURCES + key: value for key, value in state.items()}
+
+    def feature_keys(self, batch: Mapping[str, Any]) -> list[str]:
+        """Columns of `frozen_features` that forward passes of this batch read: not layer 1 where patches are numbered,
+        since it is computed from the distinct ones."""
+        keys = self._source_keys.values()
+        if self._reads_same_patches and self._patch_keys[0] in batch:
+            return [key for key in keys if key != f"{SOURCES}1"]
+        return list(keys)
 
     @property
     def frozen_fingerprint(self) -> str:
@@ -250,8 +260,8 @@ class ProgressiveRLModule(TorchRLModule, ValueFunctionAPI):
         incremental: IncrementalLayers | None = None,
     ) -> ColumnOutput:
         sources = None
-        if self._source_keys and next(iter(self._source_keys.values())) in batch:
-            sources = {n: batch[key] for n, key in self._source_keys.items()}
+        if any(key in batch for key in self._source_keys.values()):
+            sources = {n: batch[key] for n, key in self._source_keys.items() if key in batch}
         output = self.network(
             batch[Columns.OBS],
             state=batch.get(Columns.STATE_IN),
