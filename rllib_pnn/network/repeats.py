@@ -339,15 +339,12 @@ def lower_layers(
         None where frames repeat little, or layer 1 is not supported.
     """
     layer, recorded = column.layers[0], sources.get(1)
-    repeats = None
-    if isinstance(recorded, ChangingMaps) and isinstance(layer, nn.Conv2d) and is_supported(obs, layer):
-        repeats = recorded.repeats()
-    if repeats is None or repeats.share > MAX_DISTINCT:
-        recorded, repeats = None, find_repeats(obs, num_envs, layer)
-    if repeats is None:
+    if not isinstance(layer, nn.Conv2d) or not is_supported(obs, layer):
         return None
-    patches = _patches(obs, repeats, layer)
-    return _lower_layers(patches, repeats, column, sources, None if recorded is None else recorded.rows())
+    if isinstance(recorded, ChangingMaps) and (repeats := recorded.repeats()).share <= MAX_DISTINCT:
+        return _lower_layers(_patches(obs, repeats, layer), repeats, column, sources, recorded.rows())
+    found = find_repeats(obs, num_envs, layer)
+    return None if found is None else _lower_layers(_patches(obs, found, layer), found, column, sources, None)
 
 
 def numbered_lower_layers(
@@ -372,8 +369,8 @@ def numbered_lower_layers(
     layer = column.layers[0]
     if not isinstance(layer, nn.Conv2d) or not is_supported(obs, layer):
         return None
-    size = tuple((n - layer.kernel_size[0]) // layer.stride[0] + 1 for n in obs.shape[2:])
-    repeats = NumberedRepeats([n.numpy() for n in numbers], size)
+    high, wide = ((n - layer.kernel_size[0]) // layer.stride[0] + 1 for n in obs.shape[2:])
+    repeats = NumberedRepeats([n.numpy() for n in numbers], (high, wide))
     patches = _patches(obs, repeats, layer)
     first: Tensor | None = None
     if 1 in column.reads and 1 not in sources:
@@ -456,5 +453,6 @@ def _rows(sources: Tensor | ChangingMaps, repeats: Repeats) -> Tensor:
     if isinstance(sources, ChangingMaps):
         sources = sources.whole()
     image, position = np.divmod(repeats.rows, math.prod(sources.shape[-2:]))
-    images = np.unravel_index(image, sources.shape[:-3])
-    return torch.from_numpy(sources.flatten(-2).numpy()[*images, :, position])
+    maps = sources.flatten(-2).numpy()  # (..., M, H * W)
+    at: tuple[Any, ...] = np.unravel_index(image, maps.shape[:-2])
+    return torch.from_numpy(maps[(*at, slice(None), position)])
