@@ -145,7 +145,7 @@ BENCHMARKS: dict[str, tuple[list[str], list[str], Callable[[dict[str, Any]], str
     ),
     "rllib": (
         ["rllib_throughput.py", "--repeats", "5", "--seconds", "30"],
-        ["rllib_throughput.py", "--repeats", "3", "--seconds", "15", "--variants", "stock", "package"],
+        ["rllib_throughput.py", "--repeats", "3", "--seconds", "15", "--variants", "stock", "module", "package"],
         rllib_table,
     ),
     "afs": (["afs_cost.py"], ["afs_cost.py", "--rounds", "2", "--states", "512"], afs_table),

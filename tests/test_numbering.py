@@ -162,6 +162,13 @@ def test_outputs_and_gradients_of_the_ordinary_way(num_columns: int, lateral: st
     assert_close([found.logits, found.value], [known.logits, known.value])
 
 
+def test_heads_alone_are_trained() -> None:
+    network, obs = make(1, DEEP), frames()
+    network.add_column(copy_of=-1, trains="heads")
+    patches = number_patches(obs, layers_of(network))
+    assert_close(results(network, obs, patches=patches), results(network, obs))
+
+
 def test_sources_that_read_other_patches_have_to_be_given() -> None:
     network, obs = make(1, DEEP), frames()
     network.add_column([{"conv": [6, 8, 4]}, {"conv": [5, 3, 2]}, {"conv": [4, 2]}, {"dense": 8}])
