@@ -9,7 +9,9 @@ Takes algorithm, settings and first task of the file's experiment; RLlib's own E
 the column as anybody would write it (`rllib_throughput.PlainColumn`) on the same native vector env, or with `--module
 package` this package's module, with its initial weights and input shift, as `rllib train` would. Stops when the mean
 return of the last `metrics_num_episodes_for_smoothing` episodes is that of the task's `until`, at its steps, or after
-`--minutes`. `result.json` in `OUT/seed_N` has a line an iteration, which docs/make_pong_curves.py reads.
+`--minutes`. The mean is taken here, over so many, as `rllib train` does; RLlib's own is that of the few episodes
+that have ended in an iteration. `result.json` in `OUT/seed_N` has a line an iteration, which docs/make_pong_curves.py
+reads.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,13 @@ import rllib_pnn
 from rllib_pnn.experiment.algorithm import Cluster, build_config
 from rllib_pnn.experiment.run import make_config
 from rllib_pnn.experiment.spec import load_plans
+
+RETURNS = "ended_episode_returns"
+
+
+def note_return(*, episode: Any, metrics_logger: Any, **kwargs: Any) -> None:
+    """`on_episode_end` of the EnvRunners."""
+    metrics_logger.log_value(RETURNS, float(episode.get_return()), reduce="item_series")
 
 
 def main() -> None:
@@ -56,30 +67,31 @@ def main() -> None:
         spec = make_config(plan, experiment, Cluster.connected()).rl_module_spec
     config.rl_module(rl_module_spec=spec)
     config.debugging(seed=args.seed, log_level="ERROR")
+    config.callbacks(on_episode_end=note_return)
     algorithm = config.build_algo()
     over = False
+    returns: deque[float] = deque(maxlen=config.metrics_num_episodes_for_smoothing)
     with (folder / "result.json").open("w") as file:
         while not over:
             result = algorithm.train()
-            _write(result, file)
-            over = _is_over(result, task.until, args.minutes)
+            returns.extend(result["env_runners"].get(RETURNS, []))
+            mean = sum(returns) / len(returns) if returns else math.nan
+            _write(result, mean, file)
+            enough = len(returns) == returns.maxlen and mean >= task.until.episode_return_mean
+            over = enough or _is_over(result, task.until, args.minutes)
     algorithm.stop()
     ray.shutdown()
 
 
 def _is_over(result: dict[str, Any], until: Any, minutes: float) -> bool:
-    found = result["env_runners"]
-    return (
-        found.get("episode_return_mean", float("-inf")) >= until.episode_return_mean
-        or found["num_env_steps_sampled_lifetime"] >= until.num_env_steps
-        or result["time_total_s"] >= 60 * minutes
-    )
+    steps = result["env_runners"]["num_env_steps_sampled_lifetime"]
+    return steps >= until.num_env_steps or result["time_total_s"] >= 60 * minutes
 
 
-def _write(result: dict[str, Any], file: Any) -> None:
-    found = result["env_runners"]
+def _write(result: dict[str, Any], mean: float, file: Any) -> None:
+    steps = result["env_runners"]["num_env_steps_sampled_lifetime"]
     row = {  # what of a result the figure needs, under RLlib's own keys
-        "env_runners": {key: found.get(key) for key in ("num_env_steps_sampled_lifetime", "episode_return_mean")},
+        "env_runners": {"num_env_steps_sampled_lifetime": steps, "episode_return_mean": mean},
         "time_total_s": result["time_total_s"],
     }
     file.write(json.dumps(row, default=float) + "\n")

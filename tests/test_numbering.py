@@ -22,7 +22,7 @@ from rllib_pnn.network import progressive, repeats
 from rllib_pnn.network.numbering import distinct_share, number_patches
 from rllib_pnn.network.repeats import NumberedRepeats
 from rllib_pnn.training.array_connectors import NumberPatches
-from rllib_pnn.training.rl_module import PATCHES
+from rllib_pnn.training.rl_module import PATCHES, SOURCES, ProgressiveRLModule
 
 MAPS = [{"conv": [6, 8, 4]}, {"conv": [5, 3, 2]}, {"conv": [4, 2]}]
 DEEP = [*MAPS, {"dense": 8}]
@@ -270,5 +270,43 @@ def test_training_goes_as_rllibs_own(monkeypatch: pytest.MonkeyPatch, algorithm:
         built.stop()
         assert len(asked) >= 3 * passes if is_numbered else not asked  # for values, and every minibatch
         asked.clear()
+    change, difference = (weights[1] - start).norm(), (weights[0] - weights[1]).norm()
+    assert change > 0.05 and difference < 1e-3 * change
+
+
+def test_a_second_column_trains_the_same_without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sources' layer 1 is carried along only where patches are not numbered."""
+    rllib_pnn.register()
+    pong = {"env_config": {"variant": "pong"}}
+    tasks = [
+        {"name": "a", **pong, "until": {"num_env_steps": 1}},
+        {"name": "b", **pong, "until": {"num_env_steps": 10**9}},
+    ]
+    settings = {"tasks": tasks, "column": "atari", "input_shift": 0.3, "evaluation_episodes": 0}
+    seen: list[set[str]] = []
+    found = ProgressiveRLModule._forward_train
+
+    def note(self: ProgressiveRLModule, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        seen.append({key for key in batch if key.startswith((PATCHES, SOURCES))})
+        return found(self, batch, **kwargs)
+
+    monkeypatch.setattr(ProgressiveRLModule, "_forward_train", note)
+    weights: list[Tensor] = []
+    for is_numbered in (True, False):
+        if not is_numbered:
+            monkeypatch.setattr(NumberPatches, "__call__", lambda self, batch, **kwargs: batch)
+        built = rllib_pnn.make_progressive(config_on_pong("PPO"), **settings).build_algo()
+        built.train()
+        module = built.learner_group._learner.module[DEFAULT_MODULE_ID]
+        start = torch.cat([p.detach().flatten() for p in module.network.columns[1].parameters()])
+        seen.clear()
+        for _ in range(2):
+            built.train()
+        weights.append(torch.cat([p.detach().flatten() for p in module.network.columns[1].parameters()]))
+        built.stop()
+        upper = {f"{SOURCES}{n}" for n in (2, 3, 4)}
+        added = {f"{PATCHES}{n}" for n in (1, 2)} if is_numbered else {f"{SOURCES}1"}
+        assert len(seen) >= 2 * 2 * 2 and all(upper | added <= columns for columns in seen)
+        assert not any(f"{SOURCES}1" in columns for columns in seen) or not is_numbered
     change, difference = (weights[1] - start).norm(), (weights[0] - weights[1]).norm()
     assert change > 0.05 and difference < 1e-3 * change
