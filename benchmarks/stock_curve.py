@@ -24,6 +24,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from rllib_throughput import PlainColumn
@@ -74,7 +75,8 @@ def main() -> None:
     with (folder / "result.json").open("w") as file:
         while not over:
             result = algorithm.train()
-            returns.extend(result["env_runners"].get(RETURNS, []))
+            # RLlib's compile() makes a number of a series of one, and NaN of an empty one.
+            returns.extend(r for r in np.atleast_1d(result["env_runners"].get(RETURNS, math.nan)) if not math.isnan(r))
             mean = sum(returns) / len(returns) if returns else math.nan
             _write(result, mean, file)
             enough = len(returns) == returns.maxlen and mean >= task.until.episode_return_mean
