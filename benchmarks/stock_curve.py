@@ -38,8 +38,8 @@ RETURNS = "ended_episode_returns"
 
 
 def note_return(*, episode: Any, metrics_logger: Any, **kwargs: Any) -> None:
-    """`on_episode_end` of the EnvRunners."""
-    metrics_logger.log_value(RETURNS, float(episode.get_return()), reduce="item_series")
+    """`on_episode_end` of the EnvRunners, whose episodes hold their last steps alone; the environment has the score."""
+    metrics_logger.log_value(RETURNS, float(episode.get_infos(-1)["episode_score"]), reduce="item_series")
 
 
 def main() -> None:
