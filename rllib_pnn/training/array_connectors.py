@@ -342,10 +342,13 @@ class ArrayGeneralAdvantageEstimation(GeneralAdvantageEstimation):
         module, module_batch = rl_module[DEFAULT_MODULE_ID].unwrapped(), batch[DEFAULT_MODULE_ID]
         if not isinstance(module, ValueFunctionAPI):
             return batch
+
+        def values_of(chunk: dict[str, Any]) -> dict[str, Tensor]:
+            return {"values": module.compute_values(chunk)}
+
         # The more rows, the more of their patches repeat.
         rows_per_chunk = 4 * ROWS_PER_CHUNK if has_numbered_patches(module_batch) else ROWS_PER_CHUNK
-        function = lambda chunk: {"values": module.compute_values(chunk)}  # noqa: E731
-        values = _in_chunks(function, module_batch, rows_per_chunk)["values"]
+        values = _in_chunks(values_of, module_batch, rows_per_chunk)["values"]
         targets, advantages = generalized_advantages(
             convert_to_numpy(values),
             convert_to_numpy(module_batch[Columns.REWARDS]),
