@@ -10,7 +10,9 @@ the column as anybody would write it (`rllib_throughput.PlainColumn`) on the sam
 package` this package's module, with its initial weights and input shift, as `rllib train` would. Stops when the mean
 return of the last `metrics_num_episodes_for_smoothing` episodes is that of the task's `until`, at its steps, or after
 `--minutes`. The mean is taken here, over so many, as `rllib train` does; RLlib's own is that of the few episodes
-that have ended in an iteration. `result.json` in `OUT/seed_N` has a line an iteration, which docs/make_pong_curves.py
+that have ended in an iteration. RLlib seeds neighbouring environments and neighbouring EnvRunners with neighbouring
+numbers, so that environment 2 of the first and environment 1 of the second begin their episodes alike; with
+`--spread-seeds` EnvRunners are seeded as this package's, far apart. `result.json` in `OUT/seed_N` has a line an iteration, which docs/make_pong_curves.py
 reads.
 """
 
@@ -27,14 +29,24 @@ from typing import Any
 import numpy as np
 import ray
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from rllib_throughput import PlainColumn
 
 import rllib_pnn
 from rllib_pnn.experiment.algorithm import Cluster, build_config
 from rllib_pnn.experiment.run import make_config
 from rllib_pnn.experiment.spec import load_plans
+from rllib_pnn.training.task_env_runner import SEED_STRIDE
 
 RETURNS = "ended_episode_returns"
+
+
+class SpreadSeeds(SingleAgentEnvRunner):
+    """RLlib's, with environments that are seeded like those of this package."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._seed = int(self.config.seed) + SEED_STRIDE * int(self.worker_index or 0)
 
 
 def note_return(*, episode: Any, metrics_logger: Any, **kwargs: Any) -> None:
@@ -47,6 +59,7 @@ def main() -> None:
     parser.add_argument("--like", type=Path, required=True, help="a tuned example of one environment with tasks")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--module", choices=("plain", "package"), default="plain")
+    parser.add_argument("--spread-seeds", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0, help="of training, at most")
     args = parser.parse_args()
@@ -69,6 +82,8 @@ def main() -> None:
     config.rl_module(rl_module_spec=spec)
     config.debugging(seed=args.seed, log_level="ERROR")
     config.callbacks(on_episode_end=note_return)
+    if args.spread_seeds:
+        config.env_runners(env_runner_cls=SpreadSeeds)
     algorithm = config.build_algo()
     over = False
     returns: deque[float] = deque(maxlen=config.metrics_num_episodes_for_smoothing)
