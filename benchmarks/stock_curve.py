@@ -10,10 +10,11 @@ the column as anybody would write it (`rllib_throughput.PlainColumn`) on the sam
 package` this package's module, with its initial weights and input shift, as `rllib train` would. Stops when the mean
 return of the last `metrics_num_episodes_for_smoothing` episodes is that of the task's `until`, at its steps, or after
 `--minutes`. The mean is taken here, over so many, as `rllib train` does; RLlib's own is that of the few episodes
-that have ended in an iteration. RLlib seeds neighbouring environments and neighbouring EnvRunners with neighbouring
-numbers, so that environment 2 of the first and environment 1 of the second begin their episodes alike; with
-`--spread-seeds` EnvRunners are seeded as this package's, far apart. `result.json` in `OUT/seed_N` has a line an iteration, which docs/make_pong_curves.py
-reads.
+that have ended in an iteration.
+
+RLlib seeds neighbouring environments and neighbouring EnvRunners with neighbouring numbers, so that environment 2 of the
+first and environment 1 of the second begin their episodes alike; with `--spread-seeds` EnvRunners are seeded as this
+package's, far apart. `result.json` in `OUT/seed_N` has a line an iteration, which docs/make_pong_curves.py reads.
 """
 
 from __future__ import annotations
