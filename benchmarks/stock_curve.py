@@ -12,8 +12,8 @@ return of the last `metrics_num_episodes_for_smoothing` episodes is that of the 
 `--minutes`. The mean is taken here, over so many, as `rllib train` does; RLlib's own is that of the few episodes
 that have ended in an iteration.
 
-RLlib seeds neighbouring environments and neighbouring EnvRunners with neighbouring numbers, so that environment 2 of the
-first and environment 1 of the second begin their episodes alike; with `--spread-seeds` EnvRunners are seeded as this
+RLlib seeds neighbouring environments and neighbouring EnvRunners with neighbouring numbers: environment 2 of the
+first and environment 1 of the second begin their episodes alike. With `--spread-seeds` EnvRunners are seeded as this
 package's, far apart. `result.json` in `OUT/seed_N` has a line an iteration, which docs/make_pong_curves.py reads.
 """
 
