@@ -66,7 +66,8 @@ def main() -> None:
     args = parser.parse_args()
 
     plan = load_plans(args.like)[0]
-    experiment = next(iter(plan.runs.values()))
+    first = next(iter(plan.runs.values()))
+    experiment = plan.runs.get(f"seed_{args.seed}", first)  # initial weights come of its seed
     task = experiment.progressive.tasks[0]
     stock = experiment.model_copy(update={"progressive": None})
     rllib_pnn.register()
