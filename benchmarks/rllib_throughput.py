@@ -114,12 +114,14 @@ def config_of(algorithm: str, variant: str, *, num_env_runners: int, num_envs: i
     )
     config.learners(num_learners=0)
     config.debugging(seed=0, log_level="ERROR")
-    task = {"name": "pong", "env_config": {"variant": "pong"}, "until": {"num_env_steps": 10**12}}
-    progressive = make_progressive(config, tasks=[task], column="atari", evaluation_episodes=0)
-    if variant == "package":
-        return progressive
     spec = RLModuleSpec(module_class=PlainColumn)
-    config.rl_module(rl_module_spec=progressive.rl_module_spec if variant == "module" else spec)
+    if variant in ("module", "package"):
+        task = {"name": "pong", "env_config": {"variant": "pong"}, "until": {"num_env_steps": 10**12}}
+        progressive = make_progressive(config, tasks=[task], column="atari", evaluation_episodes=0)
+        if variant == "package":
+            return progressive
+        spec = progressive.rl_module_spec
+    config.rl_module(rl_module_spec=spec)
     if variant == "array":
         config.env_runners(env_runner_cls=ArrayEnvRunner)
         use_array_pipeline(config)

@@ -143,7 +143,7 @@ def assert_close(found: list[Tensor], wanted: list[Tensor]) -> None:
 @pytest.mark.parametrize("lateral", ["adapter", "linear"])
 @pytest.mark.parametrize("num_columns", [1, 2, 3])
 def test_outputs_and_gradients_of_the_ordinary_way(num_columns: int, lateral: str, num_layers: int) -> None:
-    network, obs = make(num_columns, DEEP, lateral=lateral), frames()[torch.randperm(40)]
+    network, obs = make(num_columns, DEEP, lateral=lateral), frames().flip(0)
     patches = number_patches(obs, layers_of(network))[:num_layers]
     wanted = results(network, obs)
     assert_close(results(network, obs, patches=patches), wanted)
@@ -169,18 +169,45 @@ def test_heads_alone_are_trained() -> None:
     assert_close(results(network, obs, patches=patches), results(network, obs))
 
 
-def test_sources_that_read_other_patches_have_to_be_given() -> None:
-    network, obs = make(1, DEEP), frames()
-    network.add_column([{"conv": [6, 8, 4]}, {"conv": [5, 3, 2]}, {"conv": [4, 2]}, {"dense": 8}])
-    assert network.reads_same_patches() and network.reads_same_patches(0)
-    other = make(1, [{"conv": [6, 12, 4]}, *DEEP[1:]])
-    patches = number_patches(obs, layers_of(network))
-    sources, _ = network.sources(obs)
+# Maps of the same sizes as DEEP's, from other pixels: layer 1 reads others, or layer 2 does.
+OTHERS = [
+    [{"conv": [6, 13, 3]}, {"conv": [5, 3, 2]}, {"conv": [4, 2]}, {"dense": 8}],
+    [{"conv": [6, 8, 4]}, {"conv": [5, 4, 2]}, {"conv": [4, 2]}, {"dense": 8}],
+]
+
+
+@pytest.mark.parametrize(("spec", "depth"), zip(OTHERS, (0, 1), strict=True))
+def test_sources_that_read_other_pixels(spec: Any, depth: int) -> None:
+    """They need not repeat where the column's own patches do."""
+    network, obs = make(1, spec), frames()
+    network.add_column(DEEP)
+    assert network.reads_same_patches() == (depth > 0)
+    patches, (sources, _) = number_patches(obs, layers_of(network)), network.sources(obs)
+    wanted = results(network, obs)
+    assert_close(results(network, obs, patches=patches, sources=sources), wanted)
+    assert_close(results(network, obs.repeat(6, 1, 1, 1), num_envs=len(obs)), results(network, obs.repeat(6, 1, 1, 1)))
     del sources[1]
-    with pytest.raises(ValueError, match=r"sources: layer 1 is missing"):
-        network(obs, sources=sources)
-    assert not repeats.reads_same_patches([network.columns[0], other.columns[0]])
-    assert network(obs, sources=sources, patches=patches).logits.shape == (40, 3)
+    if depth:
+        assert_close(results(network, obs, patches=patches, sources=sources), wanted)
+    else:
+        with pytest.raises(ValueError, match=r"sources: layer 1 is missing"):
+            network(obs, sources=sources, patches=patches)
+
+
+def test_numbers_of_other_observations_are_refused() -> None:
+    network, obs = make(1, DEEP), frames()
+    patches = number_patches(obs, layers_of(network))
+    with pytest.raises(ValueError, match=r"patches: layer 1: expected \(10, 64\), got \(40, 64\)"):
+        network(obs[:10], patches=patches)
+    with pytest.raises(ValueError, match=r"patches: this column's layer 1"):
+        network(obs.float(), patches=patches)
+
+
+def test_highest_bits_of_two_rows_do_not_cancel() -> None:
+    obs = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
+    obs[1, 0, :2, 7] = 128
+    (numbers,) = number_patches(obs, [nn.Conv2d(1, 2, 16, 8)])
+    assert (numbers[0] != numbers[1]).tolist() == [y == x == 0 for y in range(3) for x in range(3)]
 
 
 class Module(nn.Module):
@@ -307,6 +334,6 @@ def test_a_second_column_trains_the_same_without_numbers(monkeypatch: pytest.Mon
         upper = {f"{SOURCES}{n}" for n in (2, 3, 4)}
         added = {f"{PATCHES}{n}" for n in (1, 2)} if is_numbered else {f"{SOURCES}1"}
         assert len(seen) >= 2 * 2 * 2 and all(upper | added <= columns for columns in seen)
-        assert not any(f"{SOURCES}1" in columns for columns in seen) or not is_numbered
+        assert all((f"{SOURCES}1" in columns) != is_numbered for columns in seen)
     change, difference = (weights[1] - start).norm(), (weights[0] - weights[1]).norm()
     assert change > 0.05 and difference < 1e-3 * change

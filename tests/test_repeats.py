@@ -167,7 +167,7 @@ def test_outputs_and_gradients_are_those_of_the_ordinary_way(
 def lower_layers_of(network: ProgressiveNetwork, obs: Tensor) -> Any:
     sources, _ = network.sources(obs)
     shaped = {n: source.unflatten(0, (STEPS, ENVS)) for n, source in sources.items()}
-    return lower_layers(obs, ENVS, network.columns[-1], shaped)
+    return lower_layers(obs, ENVS, network.columns[-1], shaped, [*network.columns][:-1])
 
 
 def recorded(network: ProgressiveNetwork, obs: Tensor, incremental: IncrementalLayers) -> dict[int, Any]:

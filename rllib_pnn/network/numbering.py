@@ -9,9 +9,10 @@ i - 1 that it reads:
 
     H_1(p) = sum_b c_b mix(sum_w a_w w),    H_i(p) = sum_r c_r mix(H_{i-1}(r)),
 
-w the words of a block of pixels as wide as the stride, b the blocks of a patch, a and c odd constants, mix a bijection
-of 64 bits, all modulo 2^64. So two patches that stand at the same position get one number with a probability of about
-2^-64, and of 2^-33 at most: words that differ in their highest byte alone agree in the low bits of their products.
+w the words, of four pixels at most, of a block of pixels as wide as the stride, b the blocks of a patch, a and c odd
+constants, mix a bijection of 64 bits, all modulo 2^64. So two patches that stand at the same position get one number
+with a probability of about 2^-64, and of 2^-33 at most: words that differ in their highest byte alone agree in the low
+bits of their products.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from rllib_pnn.network.patches import is_supported
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # of eight pixels, the highest bits of two could cancel
 _SAMPLES = 15  # of a batch, odd
 _ROWS = 512  # hashed at a time, so that what is worked with stays in the processor's caches
 
@@ -65,12 +66,16 @@ def _hashes(obs: Tensor, layers: Sequence[nn.Conv2d]) -> list[Tensor]:
     channels, height, width = obs.shape[1:]
     span = kernel // stride
     high, wide = ((n - kernel) // stride + span for n in (height, width))  # blocks
-    words = obs[:, :, : high * stride].view(_WORDS[stride]).view(len(obs), channels, high, stride, width // stride)
-    constants = iter(_constants(0, channels * stride))
+    pixels = min(stride, 4)  # of a word
+    across = stride // pixels
+    words = obs[:, :, : high * stride].view(_WORDS[pixels])
+    words = words.view(len(obs), channels, high, stride, width // stride, across)
+    constants = iter(_constants(0, channels * stride * across))
     block = torch.zeros(len(obs), high, wide, dtype=torch.int64)
     for c in range(channels):
         for y in range(stride):
-            block.add_(words[:, c, :, y, :wide], alpha=next(constants))
+            for x in range(across):
+                block.add_(words[:, c, :, y, :wide, x], alpha=next(constants))
     found = [_combined(block, span, 1, 1)]
     for number, layer in enumerate(layers[1:], start=2):
         found.append(_combined(found[-1], layer.kernel_size, layer.stride, number))

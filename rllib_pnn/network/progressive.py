@@ -29,7 +29,7 @@ from rllib_pnn.network.column import (
     layer_shapes,
 )
 from rllib_pnn.network.incremental import IncrementalLayers, KnownLayers, StepMaps
-from rllib_pnn.network.repeats import ChangingMaps, lower_layers, numbered_lower_layers, reads_same_patches
+from rllib_pnn.network.repeats import ChangingMaps, common_depth, lower_layers, numbered_lower_layers
 from rllib_pnn.network.spec import ColumnSpec
 from rllib_pnn.network.together import Graph, SideBySide, first_layers
 
@@ -320,9 +320,9 @@ class ProgressiveNetwork(nn.Module):
             if with_sources and known.sources is not None and 1 in newest.reads:
                 sources[1] = self._first_of_sources(known.sources, incremental, time_shape)
         elif patches and transform is None:
-            lower = numbered_lower_layers(obs, patches, newest, sources, self._sources_of(newest)) or lower
+            lower = numbered_lower_layers(obs, patches, newest, sources, self._sources_of(newest))
         elif num_envs is not None and learns and transform is None:
-            lower = lower_layers(obs, num_envs, newest, sources)
+            lower = lower_layers(obs, num_envs, newest, sources, self._sources_of(newest))
         # What no layer to come reads need not be brought into shape.
         lowest = 0 if lower is None else lower.number + (lower.projected is not None)
         # Gradients of convolutions come faster on channels-last memory. Frozen columns, and a column that is only
@@ -512,7 +512,7 @@ class ProgressiveNetwork(nn.Module):
     def reads_same_patches(self, column: int = -1) -> bool:
         """Whether layer 1 of a column and of all that it reads takes the same patches of an image."""
         newest = self.columns[self._index(column)]
-        return reads_same_patches([*self._sources_of(newest), newest])
+        return common_depth([*self._sources_of(newest), newest]) > 0
 
     def _check_sources(
         self, sources: Mapping[int, Any], k: int, leading: tuple[int, ...], unread: Collection[int]

@@ -17,6 +17,7 @@ twenty is distinct, and one of six in layer 2.
 from __future__ import annotations
 
 import abc
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -325,7 +326,11 @@ def find_repeats(obs: Tensor, num_envs: int, layer: nn.Module) -> StepRepeats | 
 
 
 def lower_layers(
-    obs: Tensor, num_envs: int, column: Column, sources: Mapping[int, Tensor | ChangingMaps]
+    obs: Tensor,
+    num_envs: int,
+    column: Column,
+    sources: Mapping[int, Tensor | ChangingMaps],
+    source_columns: Sequence[Column],
 ) -> Lower | None:
     """The lower layers of a column that learns from a rollout, as far up as patches repeat, with gradients.
 
@@ -334,6 +339,7 @@ def lower_layers(
         num_envs: N.
         sources: h_i^{<k} of the layers that laterals read, (T, N, sum of source widths, ...). Of layer 1 maybe as
             recorded while these observations came.
+        source_columns: the columns that they are of.
 
     Returns:
         None where frames repeat little, or layer 1 is not supported.
@@ -341,10 +347,11 @@ def lower_layers(
     layer, recorded = column.layers[0], sources.get(1)
     if not isinstance(layer, nn.Conv2d) or not is_supported(obs, layer):
         return None
+    depth = common_depth([*source_columns, column])
     if isinstance(recorded, ChangingMaps) and (repeats := recorded.repeats()).share <= MAX_DISTINCT:
-        return _lower_layers(_patches(obs, repeats, layer), repeats, column, sources, recorded.rows())
+        return _lower_layers(_patches(obs, repeats, layer), repeats, column, sources, recorded.rows(), depth)
     found = find_repeats(obs, num_envs, layer)
-    return None if found is None else _lower_layers(_patches(obs, found, layer), found, column, sources, None)
+    return None if found is None else _lower_layers(_patches(obs, found, layer), found, column, sources, None, depth)
 
 
 def numbered_lower_layers(
@@ -360,16 +367,18 @@ def numbered_lower_layers(
         obs: (B, C, H, W) bytes.
         numbers: of layer 1, 2, ..., (B, H_i * W_i) integers (see numbering.py).
         sources: h_i^{<k} of the layers that laterals read, (B, sum of source widths, ...). Layer 1's is computed from
-            the patches if it is missing; `reads_same_patches` says where that is possible.
+            the patches if it is missing, which takes a `common_depth` of 1.
         source_columns: the columns that they are of.
 
-    Returns:
-        None where layer 1 is not supported.
+    Raises:
+        ValueError: the numbers are not of these observations.
     """
     layer = column.layers[0]
     if not isinstance(layer, nn.Conv2d) or not is_supported(obs, layer):
-        return None
+        raise ValueError("patches: this column's layer 1 can't read numbered ones; see number_patches")
     high, wide = ((n - layer.kernel_size[0]) // layer.stride[0] + 1 for n in obs.shape[2:])
+    if numbers[0].shape != (len(obs), high * wide):
+        raise ValueError(f"patches: layer 1: expected {(len(obs), high * wide)}, got {tuple(numbers[0].shape)}")
     repeats = NumberedRepeats([n.numpy() for n in numbers], (high, wide))
     patches = _patches(obs, repeats, layer)
     first: Tensor | None = None
@@ -377,12 +386,12 @@ def numbered_lower_layers(
         with torch.no_grad():
             weights, biases = zip(*(source.first_affine() for source in source_columns), strict=True)
             first = _product(patches, torch.cat(weights).flatten(1), torch.cat(biases)).relu_()
-    return _lower_layers(patches, repeats, column, sources, first)
+    return _lower_layers(patches, repeats, column, sources, first, common_depth([*source_columns, column]))
 
 
-def reads_same_patches(columns: Sequence[Column]) -> bool:
-    """Whether layer 1 of all columns reads an image alike, so that patches which repeat for one repeat for all."""
-    return common_convolution(columns, 1) is not None
+def common_depth(columns: Sequence[Column]) -> int:
+    """How many layers of all columns, from the lowest up, read an image alike: what repeats in one repeats in all."""
+    return next(n for n in itertools.count() if common_convolution(columns, n + 1) is None)
 
 
 def _patches(obs: Tensor, repeats: Repeats, layer: nn.Conv2d) -> Tensor:
@@ -391,15 +400,18 @@ def _patches(obs: Tensor, repeats: Repeats, layer: nn.Conv2d) -> Tensor:
 
 
 def _lower_layers(
-    patches: Tensor, repeats: Repeats, column: Column, sources: Mapping[int, Any], first: Tensor | None
+    patches: Tensor, repeats: Repeats, column: Column, sources: Mapping[int, Any], first: Tensor | None, depth: int
 ) -> Lower:
-    """`first`: layer 1 of the sources at the repeats' rows, if it is known; else it is looked up in `sources`."""
+    """`first`: layer 1 of the sources at the repeats' rows, if it is known; else it is looked up in `sources`. `depth`:
+    layers up to which they repeat where the column does."""
     weight, bias = column.first_affine()
     values = _product(patches, weight.flatten(1), bias)  # h_n before its ReLU, (U, M)
     number = 1
     while True:
         lateral, above = _lateral(column, number + 1), _convolution(column, number + 1)
         features = None  # what the lateral of the layer above convolves, (U, M), maybe before its ReLU
+        if lateral is not None and number > depth:
+            break
         if lateral is not None:
             features = first if number == 1 and first is not None else _rows(sources[number], repeats)
             if isinstance(lateral, Adapter):

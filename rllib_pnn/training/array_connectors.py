@@ -245,9 +245,9 @@ class AddFrozenFeatures(ConnectorV2):
             return frozen_features(module, batch)
         if is_missing.any():
             missing = torch.from_numpy(np.flatnonzero(is_missing))
-            for key, computed in frozen_features(module, {Columns.OBS: batch[Columns.OBS][missing]}).items():
-                if key in keys:
-                    found[key][missing] = computed
+            computed = frozen_features(module, {Columns.OBS: batch[Columns.OBS][missing]})
+            for key, features in found.items():
+                features[missing] = computed[key]
         return found
 
 
